@@ -1,0 +1,135 @@
+"""What executes an artifact, as strategies and measurements see it: a small protocol, no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to open a model; the defaults suit a small machine."""
+
+    context_tokens: int = 2048
+    """Tokens that one sequence can hold."""
+    sequences: int = 1
+    """Sequences that can be alive at once."""
+    batch_tokens: int = 512
+    """Most entries in one step."""
+    threads: int | None = None
+    """CPU threads; None takes the physical cores this process may use."""
+    kv_type: str = "f16"
+    """Element type of the KV cache: `f16`, `q8_0` or `q4_0`."""
+    accelerate: bool = True
+    """Offload to the accelerator where the engine has one."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an open engine can do. Strategies ask for these, never for an engine by name."""
+
+    fork: bool
+    rewind: bool
+    batch: bool
+    hidden_states: bool
+    input_embeddings: bool
+    context_tokens: int
+    sequences: int
+    batch_tokens: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One position to compute: the next token (or input embedding) of a sequence."""
+
+    sequence: int
+    token: int | None = None
+    embedding: FloatArray | None = None
+    """Shape (hidden,); given instead of a token where the engine takes input embeddings."""
+    wants_logits: bool = True
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Results of a step, one row per entry that wanted logits, in the order of the entries."""
+
+    logits: FloatArray
+    """Shape (rows, vocabulary)."""
+    hidden: FloatArray | None = None
+    """Final hidden states after the last norm, shape (rows, hidden); None unless asked for."""
+
+
+class Engine(Protocol):
+    """An open model. Sequences are small integers; positions are implied by what was stepped before."""
+
+    @property
+    def capabilities(self) -> Capabilities: ...
+
+    @property
+    def vocabulary_size(self) -> int: ...
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Tokens that end a generation (EOS, end of turn)."""
+        ...
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Encode text; `special` parses control tokens in it and adds the model's BOS."""
+        ...
+
+    def detokenize(self, tokens: Sequence[int]) -> bytes:
+        """Decode tokens to bytes: one token may end inside a UTF-8 character. Control tokens give nothing."""
+        ...
+
+    def start(self) -> int:
+        """Return a new empty sequence. Raises InputError when all are in use."""
+        ...
+
+    def fork(self, sequence: int) -> int:
+        """Return a new sequence with the same past, sharing its KV cache."""
+        ...
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget everything after the first `length` positions."""
+        ...
+
+    def release(self, sequence: int) -> None:
+        """Forget the sequence and free its slot."""
+        ...
+
+    def length(self, sequence: int) -> int:
+        """Positions that the sequence holds."""
+        ...
+
+    def step(self, entries: Sequence[Entry], *, hidden_states: bool = False) -> StepOutput:
+        """Compute entries (several of one sequence follow each other) and return the wanted rows."""
+        ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class EngineModule(Protocol):
+    """A file in `engines/`: the name of the file is the name of the engine."""
+
+    DISTRIBUTION: str
+    """The package that provides the engine, e.g. `llama-cpp-python`."""
+
+    def open_model(self, path: Path, options: EngineOptions) -> Engine: ...
+
+    def build_info(self) -> dict[str, str]:
+        """Version and build facts worth recording beside a measurement."""
+        ...

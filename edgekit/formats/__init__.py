@@ -1,0 +1,1 @@
+"""Strict readers for the headers of untrusted model files."""

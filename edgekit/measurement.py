@@ -1,0 +1,68 @@
+"""One figure: a value with its unit, how it came about, and how sure it is."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import model_validator
+
+from edgekit.config import Strict
+
+
+class Measurement(Strict):
+    """A value with unit, sample count and 95% interval; `predicted` is never shown as `measured`."""
+
+    name: str
+    """What was measured, with its unit as suffix where it has one, e.g. `load_s`."""
+    value: float
+    unit: str
+    """SI or field-standard unit: `bytes`, `s`, `tokens/s`, `nats`, `ratio`, `W`, `J`."""
+    kind: Literal["measured", "predicted"]
+    n: int | None = None
+    """Independent samples behind the value; None for an exact count or a prediction."""
+    ci_low: float | None = None
+    ci_high: float | None = None
+    device: str | None = None
+    """Fingerprint of the machine it was measured on, or the target it is predicted for."""
+    of: str = "bundle"
+    """The step or artifact it describes: `bundle`, `source`, or a stage's name."""
+    note: str | None = None
+
+    @model_validator(mode="after")
+    def _interval_is_ordered(self) -> Measurement:
+        if not math.isfinite(self.value):
+            raise ValueError(f"{self.name} is {self.value}")
+        if (self.ci_low is None) != (self.ci_high is None):
+            raise ValueError(f"{self.name} has half an interval")
+        if self.ci_low is not None and self.ci_high is not None and self.ci_low > self.ci_high:
+            raise ValueError(f"{self.name} has its interval upside down")
+        return self
+
+
+def mean_interval(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and normal-approximation 95% interval of independent samples: (mean, low, high).
+
+    With one sample the interval is the point itself.
+    """
+    mean = statistics.fmean(samples)
+    if len(samples) < 2:
+        return mean, mean, mean
+    half = 1.96 * statistics.stdev(samples) / math.sqrt(len(samples))
+    return mean, mean - half, mean + half
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median and distribution-free 95% interval from order statistics: (median, low, high).
+
+    The interval takes the ranks n/2 -+ 1.96*sqrt(n)/2 (Conover, Practical Nonparametric Statistics, 3.2);
+    with fewer than six samples that is the whole range.
+    """
+    ordered = sorted(samples)
+    n = len(ordered)
+    reach = 1.96 * math.sqrt(n) / 2
+    low = max(0, math.floor(n / 2 - reach) - 1)
+    high = min(n - 1, math.ceil(n / 2 + reach))
+    return statistics.median(ordered), ordered[low], ordered[high]

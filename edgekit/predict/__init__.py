@@ -1,0 +1,1 @@
+"""Memory and latency from a target and an artifact, always marked predicted."""

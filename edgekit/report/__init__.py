@@ -1,0 +1,84 @@
+"""The report of a build: one model (`report.json`) and its renderings for people."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from edgekit.config import Strict
+from edgekit.measurement import Measurement
+
+
+class GateResult(Strict):
+    """One bound of the recipe and whether the unrounded value kept it."""
+
+    name: str
+    bound: str
+    """The bound in words, e.g. `kl_divergence_nats <= 0.35`."""
+    value: float
+    passed: bool
+    kind: Literal["measured", "predicted"]
+    of: str = "bundle"
+
+
+class StepRecord(Strict):
+    """One step of the build."""
+
+    stage: str
+    key: str
+    status: Literal["executed", "cached"]
+    seconds: float
+    """Wall time when it was executed (also shown for a cached step)."""
+
+
+class TensorGroup(Strict):
+    """All tensors of one storage type."""
+
+    type: str
+    tensors: int
+    bytes: int
+
+
+class Fallback(Strict):
+    """A tensor that could not take its wanted type."""
+
+    tensor: str
+    wanted: str
+    found: str
+
+
+class MemoryPart(Strict):
+    """One part of the memory needed on the target (predicted)."""
+
+    name: str
+    bytes: int
+
+
+class Report(Strict):
+    """Everything a build found out; published as `docs/schemas/report.schema.json`."""
+
+    schema_version: Literal[1] = 1
+    edgekit_version: str
+    created_at: str
+    target: dict[str, Any]
+    """name, title, usable_bytes, context_tokens."""
+    recipe: dict[str, Any]
+    """name, description, stages."""
+    model: dict[str, Any]
+    """source, digest, architecture, parameters, licence, provenance."""
+    host: dict[str, Any]
+    """fingerprint, cpu, cores, os, tool versions."""
+    steps: tuple[StepRecord, ...] = ()
+    measurements: tuple[Measurement, ...] = ()
+    gates: tuple[GateResult, ...] = ()
+    tensors: tuple[TensorGroup, ...] = ()
+    fallbacks: tuple[Fallback, ...] = ()
+    memory: tuple[MemoryPart, ...] = ()
+    """Predicted memory on the target, part by part."""
+    divergence_per_window: tuple[float, ...] = ()
+    """Mean KL divergence (nats) at each evaluation window, for the plot."""
+    notes: tuple[str, ...] = ()
+    """What the reader must know, e.g. that latency is predicted because the target is another machine."""
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.passed for gate in self.gates)
