@@ -40,9 +40,13 @@ class Document:
         try:
             raw = path.read_bytes()
         except OSError as error:
-            raise InputError(f"a readable YAML file at {path}", error.strerror or str(error), "check the path") from None
+            raise InputError(
+                f"a readable YAML file at {path}", error.strerror or str(error), "check the path"
+            ) from None
         if len(raw) > MAX_YAML_BYTES:
-            raise InputError(f"a YAML file of at most {MAX_YAML_BYTES} bytes", f"{len(raw)} in {path}", "check the path")
+            raise InputError(
+                f"a YAML file of at most {MAX_YAML_BYTES} bytes", f"{len(raw)} in {path}", "check the path"
+            )
         try:
             root = yaml.compose(raw.decode("utf-8"), Loader=_Loader)
             self.value = {} if root is None else self._build(root, ())
@@ -89,7 +93,7 @@ class Document:
             return model.model_validate(value)
         except ValidationError as error:
             for detail in error.errors():
-                self.problem((*at, *detail["loc"]), _explain(model, detail))
+                self.problem((*at, *detail["loc"]), explain(model, detail))
             return None
 
     def finish(self, what: str) -> None:
@@ -103,9 +107,9 @@ class _Loader(yaml.SafeLoader):
     """The safe loader without aliases: they allow exponential expansion and are not needed here."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
-            event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=event.start_mark)
+        if self.check_event(yaml.AliasEvent):
+            mark: Any = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
         return super().compose_node(parent, index)
 
 
@@ -116,7 +120,7 @@ def _dotted(location: Location) -> str:
     return ".".join(str(part) for part in location)
 
 
-def _explain(model: type[BaseModel], detail: Any) -> str:
+def explain(model: type[BaseModel], detail: Any) -> str:
     """Turn a pydantic error into a sentence; an unknown field gets the closest known one."""
     if detail["type"] == "extra_forbidden":
         parent = _model_at(model, detail["loc"][:-1])
@@ -142,6 +146,10 @@ def _model_at(model: type[BaseModel] | None, location: Location) -> type[BaseMod
 
 
 def _find_model(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
         return annotation
     return next((found for arg in typing.get_args(annotation) if (found := _find_model(arg))), None)

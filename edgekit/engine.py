@@ -71,10 +71,14 @@ class Engine(Protocol):
     """An open model. Sequences are small integers; positions are implied by what was stepped before."""
 
     @property
-    def capabilities(self) -> Capabilities: ...
+    def capabilities(self) -> Capabilities:
+        """What this engine can do with this model."""
+        ...
 
     @property
-    def vocabulary_size(self) -> int: ...
+    def vocabulary_size(self) -> int:
+        """Width of a row of logits."""
+        ...
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -113,7 +117,9 @@ class Engine(Protocol):
         """Compute entries (several of one sequence follow each other) and return the wanted rows."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free the model."""
+        ...
 
     def __enter__(self) -> Self: ...
 
@@ -128,7 +134,9 @@ class EngineModule(Protocol):
     DISTRIBUTION: str
     """The package that provides the engine, e.g. `llama-cpp-python`."""
 
-    def open_model(self, path: Path, options: EngineOptions) -> Engine: ...
+    def open_model(self, path: Path, options: EngineOptions) -> Engine:
+        """Load a model file. Raises InputError or ToolError."""
+        ...
 
     def build_info(self) -> dict[str, str]:
         """Version and build facts worth recording beside a measurement."""

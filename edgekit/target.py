@@ -3,35 +3,63 @@
 from __future__ import annotations
 
 import datetime
-from typing import Generic, Literal, TypeVar
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from typing_extensions import TypeAliasType
 
-from edgekit.config import Strict
+from edgekit.config import Document, Strict
+from edgekit.errors import InputError, suggest
+
+CATALOG = Path(__file__).parent / "catalog" / "targets"
+LOCAL = "local"
+"""The target that is this machine: probed, never a file."""
 
 T = TypeVar("T")
+
+# named aliases: the JSON Schema calls its definitions after them
+Count = TypeAliasType("Count", Annotated[int, Field(gt=0)])
+Positive = TypeAliasType("Positive", Annotated[float, Field(gt=0, allow_inf_nan=False)])
+NonNegative = TypeAliasType("NonNegative", Annotated[float, Field(ge=0, allow_inf_nan=False)])
+Share = TypeAliasType("Share", Annotated[float, Field(gt=0, le=1)])
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+Text = Annotated[str, Field(min_length=1)]
+
+
+def _as_text(date: Any) -> Any:
+    """YAML reads an unquoted 2025 as a number and 2025-03-31 as a date; both are meant as they are written."""
+    if isinstance(date, datetime.date) or (isinstance(date, int) and not isinstance(date, bool)):
+        return str(date)
+    return date
 
 
 class Figure(Strict, Generic[T]):
     """One value of a profile with where it comes from: a source and its date, or marked an estimate."""
 
     value: T
-    source: str | None = None
+    source: Text | None = None
     """Publication, data sheet or measurement that states the value."""
-    date: str | None = None
+    date: Annotated[str, BeforeValidator(_as_text)] | None = None
     """When the source stated it: `YYYY`, `YYYY-MM` or `YYYY-MM-DD`."""
-    estimate: str | None = None
+    estimate: Text | None = None
     """How the value was estimated, for one that no source states."""
 
     @model_validator(mode="after")
     def _has_an_origin(self) -> Figure[T]:
         if (self.estimate is None) == (self.source is None):
             raise ValueError("needs either a source with its date, or an estimate that says how")
-        if self.source is not None and self.date is None:
-            raise ValueError("a source needs its date")
+        if (self.source is None) != (self.date is None):
+            raise ValueError("a source needs its date, and only a source has one")
         if self.date is not None:
             _parse_date(self.date)
         return self
+
+    @property
+    def origin(self) -> str:
+        """Where the value comes from, in one phrase."""
+        return f"estimate: {self.estimate}" if self.estimate else f"{self.source}, {self.date}"
 
 
 def _parse_date(text: str) -> None:
@@ -44,13 +72,20 @@ def _parse_date(text: str) -> None:
     raise ValueError(f"a date looks like 2025, 2025-03 or 2025-03-31, not {text!r}")
 
 
+class Watts(Figure[NonNegative]):
+    """A power figure: watts mean nothing without what they cover."""
+
+    scope: Literal["chip", "board", "wall"]
+    """`chip`: processor or card alone; `board`: at its input; `wall`: with the power supply, or a whole computer."""
+
+
 class Memory(Strict):
     """What the device has and what a model may use of it."""
 
-    total_bytes: Figure[PositiveInt]
-    usable_bytes: Figure[PositiveInt]
+    total_bytes: Figure[Count]
+    usable_bytes: Figure[Count]
     """Free for weights, KV cache and buffers once the system runs."""
-    bandwidth_bytes_per_s: Figure[PositiveFloat]
+    bandwidth_bytes_per_s: Figure[Positive]
     """Peak of the memory that holds the weights."""
     unified: bool
     """True where the CPU and the accelerator share this memory."""
@@ -62,50 +97,105 @@ class Compute(Strict):
     accelerator: Literal["none", "cuda", "metal", "vulkan", "sycl"]
     threads: PositiveInt
     """CPU threads the engine should use: physical big cores."""
-    dense_flops_per_s: Figure[PositiveFloat]
+    dense_flops_per_s: Figure[Positive]
     """Dense half-precision (or CPU dot-product) peak that prefill runs on."""
-    decode_efficiency: Figure[PositiveFloat]
-    """Share of the peak bandwidth that decode reaches."""
-    prefill_efficiency: Figure[PositiveFloat]
+    decode_efficiency: Figure[Share]
+    """Share of the peak bandwidth that decode reaches, besides `token_overhead_s`."""
+    prefill_efficiency: Figure[Share]
     """Share of the dense peak that prefill reaches."""
-    token_overhead_s: Figure[NonNegativeFloat]
+    token_overhead_s: Figure[NonNegative]
     """Time per token that does not shrink with the model: launches, sampling, synchronisation."""
 
 
 class Power(Strict):
-    """Board power in watts; absent where nobody published it."""
+    """Power in watts; absent where nobody published it."""
 
-    idle_w: Figure[NonNegativeFloat] | None = None
-    typical_w: Figure[PositiveFloat] | None = None
+    idle_w: Watts | None = None
+    typical_w: Watts | None = None
     """While decoding a language model."""
-    max_w: Figure[PositiveFloat] | None = None
+    max_w: Watts | None = None
     modes: tuple[str, ...] = ()
 
 
 class Target(Strict):
     """A hardware profile."""
 
-    name: str
-    title: str
-    aliases: tuple[str, ...] = ()
+    name: Name
+    """The same as the name of the file, without `.yaml`."""
+    title: Text
+    aliases: tuple[Name, ...] = ()
+    """Shorter names; each belongs to one profile only."""
     arch: Literal["aarch64", "x86_64"]
     os: Literal["linux", "android", "macos", "windows"] = "linux"
-    engines: tuple[str, ...]
+    engines: Annotated[tuple[Text, ...], Field(min_length=1)]
     """Engines that run there, best first, by the names of the files in `engines/`."""
-    default_recipe: str
-    default_recipe_reason: str
+    default_recipe: Name
+    default_recipe_reason: Text
     context_tokens: PositiveInt = 4096
     """Context length that the bundle is planned for."""
     memory: Memory
     compute: Compute
     power: Power = Power()
-    price_usd: Figure[PositiveFloat] | None = None
-    notes: tuple[str, ...] = ()
+    price_usd: Figure[Positive] | None = None
+    notes: tuple[Text, ...] = ()
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Target:
         if self.memory.usable_bytes.value > self.memory.total_bytes.value:
             raise ValueError("memory.usable_bytes is more than memory.total_bytes")
-        if not self.engines:
-            raise ValueError("engines is empty")
         return self
+
+
+def load_target(path: Path) -> Target:
+    """Read one profile.
+
+    Raises:
+        InputError: everything wrong with the file at once, each problem with its line.
+    """
+    document = Document(path)
+    target = document.check(Target)
+    name = document.value.get("name") if isinstance(document.value, dict) else None
+    if isinstance(name, str) and name != path.stem:
+        document.problem(("name",), f"must be {path.stem!r} as in the file's name, found {name!r}")
+    document.finish("target profile")
+    assert target is not None  # a failed check was recorded, and finish raised it
+    return target
+
+
+@cache
+def _catalog() -> tuple[Target, ...]:
+    return tuple(load_target(path) for path in sorted(CATALOG.glob("*.yaml"), key=lambda path: path.stem))
+
+
+def all_targets() -> list[Target]:
+    """Every profile of the catalog, sorted by name; without `local`."""
+    return list(_catalog())
+
+
+def find_target(name: str) -> Target:
+    """Return a target by its name, an alias, the path of a profile (`./board.yaml`), or `local`.
+
+    Raises:
+        InputError: there is no such target (with the closest known name), or the file is not valid.
+    """
+    if name == LOCAL:
+        from edgekit.devices.probe import probe_local
+
+        return probe_local()
+    if Path(name).suffix in (".yaml", ".yml"):
+        return load_target(Path(name))
+    known = {key: target for target in _catalog() for key in (target.name, *target.aliases)}
+    if name not in known:
+        raise InputError(f"a target named {name!r}", f"none{suggest(name, [*known, LOCAL])}", "edgekit targets list")
+    return known[name]
+
+
+def target_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a profile, for editors and for people."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Target.model_json_schema(),
+        "title": "edgekit target profile",
+        "description": "The hardware that a bundle is made for. Every figure states its source and date, "
+        "or says how it was estimated.",
+    }

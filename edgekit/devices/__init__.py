@@ -1,1 +1,172 @@
-"""Where an engine runs: one file per kind of device."""
+"""Where an engine runs: one file per kind of device, named as the scheme of its URL (`local`, `ssh://user@host`)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from edgekit.config import Strict
+from edgekit.engine import EngineOptions
+from edgekit.errors import InputError, suggest
+from edgekit.measurement import Measurement
+
+
+class LatencyJob(Strict):
+    """Arguments of `edgekit.measure.latency.measure_latency`."""
+
+    prompt_tokens: PositiveInt = 128
+    decode_tokens: PositiveInt = 64
+    repeats: PositiveInt = 5
+    warmup: NonNegativeInt = 1
+
+
+class DivergenceJob(Strict):
+    """Arguments of `edgekit.measure.divergence.compare`."""
+
+    reference: str
+    """Directory of the source model's log-probabilities, on the device."""
+    windows: PositiveInt | None = None
+
+
+class Measures(Strict):
+    """What to measure; what is left out is not measured."""
+
+    latency: LatencyJob | None = None
+    """Also gives `peak_rss_bytes`."""
+    divergence: DivergenceJob | None = None
+
+
+class Job(Strict):
+    """What a device does in one fresh process: open a model by an engine and measure it."""
+
+    engine: str
+    model: str
+    """Path of the model on the device."""
+    options: EngineOptions = EngineOptions()
+    measure: Measures = Measures()
+    of: str = "bundle"
+    """What the measurements describe."""
+
+
+class JobResult(Strict):
+    """What a job found out."""
+
+    device: str
+    """Fingerprint of the machine, as in the measurements."""
+    measurements: tuple[Measurement, ...] = ()
+    build: dict[str, str] = {}
+    """The engine's `build_info()`."""
+    divergence_per_window: tuple[float, ...] = ()
+    """Mean KL divergence of each evaluation window, in nats."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The machine, as far as it decides what a measurement says."""
+
+    text: str
+    """Short and stable: equal for equal machines with equal systems."""
+    facts: dict[str, str | int]
+    """cpu, cores, threads, memory_bytes, machine, os, kernel; board and accelerator where there are such."""
+
+
+class Device(Protocol):
+    """A machine that runs jobs."""
+
+    def fingerprint(self) -> Fingerprint:
+        """Describe the machine."""
+        ...
+
+    def run(
+        self, job: Job, *, timeout_s: float | None = None, progress: Callable[[str], None] | None = None
+    ) -> JobResult:
+        """Run a job in a fresh process; `progress` is told the name of each measurement as it arrives.
+
+        Raises what the job raised, and ToolError when its process was killed, crashed or ran out of time.
+        """
+        ...
+
+
+@cache
+def device_names() -> tuple[str, ...]:
+    """Kinds of devices: the files of this room that open one."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(sorted(name for name in names if hasattr(_module(name), "open_device")))
+
+
+def open_device(url: str) -> Device:
+    """Open `local`, or `SCHEME://...` by the file named as the scheme. Raises InputError with the closest name."""
+    scheme = url.partition("://")[0]
+    if scheme not in device_names():
+        known = device_names()
+        raise InputError(f"a device like {url!r}", f"none{suggest(scheme, known)}", f"use one of {', '.join(known)}")
+    return cast(Device, _module(scheme).open_device(url))
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+@cache
+def describe_machine() -> Fingerprint:
+    """Fingerprint the machine that this process runs on."""
+    import psutil
+
+    facts: dict[str, str | int] = {
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        "threads": os.cpu_count() or 1,
+        "memory_bytes": psutil.virtual_memory().total,
+        "machine": platform.machine(),
+        "os": _os_name(),
+        "kernel": f"{platform.system()} {platform.release()}",
+    }
+    # a board's name, on Jetson and Raspberry Pi; the NVIDIA driver's version
+    for name, path in (("board", "/proc/device-tree/model"), ("accelerator", "/proc/driver/nvidia/version")):
+        if text := _first_line(path):
+            facts[name] = text
+    memory_gib = round(psutil.virtual_memory().total / (1 << 30))
+    # the kernel keeps a little more or less of the memory at each boot
+    identity = json.dumps(facts | {"memory_bytes": memory_gib << 30}, sort_keys=True)
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
+    name = facts.get("board", facts["cpu"])
+    return Fingerprint(f"{name}, {facts['cores']} cores, {memory_gib} GiB, {facts['os']}, #{digest}", facts)
+
+
+def _cpu_name() -> str:
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    for key in ("model name", "Model", "CPU part"):
+        if found := re.search(rf"^{key}\s*:\s*(\S.*)$", info, re.MULTILINE):
+            return found[1].strip()
+    return platform.machine()
+
+
+def _os_name() -> str:
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        return f"{platform.system()} {platform.release()}"
+    return release.get("PRETTY_NAME", platform.system())
+
+
+def _first_line(path: str) -> str | None:
+    try:
+        lines = Path(path).read_text(errors="replace").replace("\0", "").splitlines()
+    except OSError:
+        return None
+    return lines[0].strip() if lines else None

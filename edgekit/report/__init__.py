@@ -16,6 +16,8 @@ class GateResult(Strict):
     """The bound in words, e.g. `kl_divergence_nats <= 0.35`."""
     value: float
     passed: bool
+    certain: bool = True
+    """Whether the value's whole interval lies on the same side of the bound."""
     kind: Literal["measured", "predicted"]
     of: str = "bundle"
 
@@ -81,4 +83,5 @@ class Report(Strict):
 
     @property
     def passed(self) -> bool:
+        """Whether every gate was kept."""
         return all(gate.passed for gate in self.gates)

@@ -1,0 +1,213 @@
+"""The bundle: one directory per target that a device runs, with everything needed to check where it came from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+from pydantic import ValidationError
+
+import edgekit
+from edgekit.artifact import CorruptArtifact, FileEntry, canonical_sha256, describe_files, file_sha256, relative_files
+from edgekit.build import Built
+from edgekit.config import Strict
+from edgekit.errors import InputError
+from edgekit.plan import Plan
+from edgekit.report import Report
+from edgekit.report.write import write_report
+from edgekit.store import explain_disk
+from edgekit.tools import copy_file, tool_version
+
+MANIFEST = "manifest.json"
+MODEL_FILE = "model.gguf"
+REPORT_FILES = ("report.html", "report.json", "report.md")
+_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
+_NOT_TOKENIZER = ("manifest.json", "model.safetensors.index.json")
+
+
+class Settings(Strict):
+    """How to run the bundle: what `edgekit run` reads."""
+
+    engine: str
+    model: str = MODEL_FILE
+    context_tokens: int
+    threads: int | None
+    """CPU threads; None takes the physical cores of the machine it runs on."""
+    kv_type: str
+    strategy: str = "greedy"
+
+
+class BundleManifest(Strict):
+    """The bundle's table of contents. `digest` covers `files`; measurements are listed apart, for they vary."""
+
+    schema_version: Literal[1] = 1
+    edgekit_version: str
+    digest: str
+    target: dict[str, Any]
+    recipe: dict[str, Any]
+    model: dict[str, Any]
+    """name, uri, revision, source digest, licence, architecture, parameters."""
+    tools: dict[str, str | None]
+    steps: tuple[dict[str, str], ...]
+    """stage and cache key of every step."""
+    settings: Settings
+    files: dict[str, FileEntry]
+    measurements: dict[str, FileEntry]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle."""
+
+    path: Path
+    manifest: BundleManifest
+
+    @property
+    def model(self) -> Path:
+        """The file that the engine opens."""
+        return self.path / self.manifest.settings.model
+
+    def verify(self) -> None:
+        """Compare every file with the manifest. Raises CorruptArtifact."""
+        for name, entry in {**self.manifest.files, **self.manifest.measurements}.items():
+            path = self.path / name
+            if not path.is_file() or path.stat().st_size != entry.bytes or file_sha256(path) != entry.sha256:
+                raise CorruptArtifact(
+                    f"sha256 {entry.sha256[:12]}... in {path}", "other content", "build the bundle again"
+                )
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Read a bundle's manifest. Raises InputError when the directory is not a bundle."""
+    try:
+        manifest = BundleManifest.model_validate_json((path / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise InputError("a bundle directory", f"no {MANIFEST} in {path}", "edgekit build --target local") from None
+    except (OSError, ValidationError) as error:
+        first = str(error).partition("\n")[0]
+        raise InputError("a bundle of this edgekit", f"{path / MANIFEST}: {first}", "build the bundle again") from None
+    for name in (*manifest.files, *manifest.measurements, manifest.settings.model):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise InputError(f"files inside {path}", f"{name!r} in its manifest", "do not use this bundle")
+    return Bundle(path, manifest)
+
+
+def stage_bundle(plan: Plan, built: Built, out: Path) -> Path:
+    """Write the bundle without its report next to its final place; returns the temporary directory.
+
+    Raises InputError when the final place holds something that is not a bundle.
+    """
+    final = out / plan.target.name
+    if final.exists() and not (final / MANIFEST).is_file() and any(final.iterdir() if final.is_dir() else [final]):
+        raise InputError(
+            f"a bundle or nothing at {final}", "something else, which is left alone", "choose another --out"
+        )
+    with explain_disk(out):
+        work = out / f".{plan.target.name}.part-{os.getpid()}"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        copy_file(built.result.path / MODEL_FILE, work / MODEL_FILE)
+        names = {p.name for pattern in _TOKENIZER_FILES for p in built.checkpoint.path.glob(pattern)}
+        for name in sorted(names.difference(_NOT_TOKENIZER)):
+            copy_file(built.checkpoint.path / name, work / "tokenizer" / name)
+        (work / "settings.json").write_text(settings_of(plan).model_dump_json(indent=2) + "\n")
+        (work / "README.md").write_text(_readme(plan, built))
+    return work
+
+
+def finish_bundle(plan: Plan, built: Built, report: Report, work: Path, out: Path) -> Bundle:
+    """Add report and manifest, then put the bundle in its place with one rename."""
+    final = out / plan.target.name
+    with explain_disk(out):
+        write_report(report, work)
+        names = [name for name in relative_files(work) if name not in REPORT_FILES]
+        files = describe_files(work, names)
+        manifest = BundleManifest(
+            edgekit_version=edgekit.__version__,
+            digest=canonical_sha256({name: entry.sha256 for name, entry in files.items()}),
+            target=plan.target.model_dump(mode="json"),
+            recipe=plan.recipe.describe(),
+            model=model_summary(plan, built),
+            tools={name: tool_version(name) for name in sorted({t for step in plan.steps for t in step.stage.tools})},
+            steps=tuple({"stage": step.stage, "key": step.key} for step in built.steps),
+            settings=settings_of(plan),
+            files=files,
+            measurements=describe_files(work, list(REPORT_FILES)),
+        )
+        text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+        (work / MANIFEST).write_text(text)
+        _swap(work, final)
+    return Bundle(final, manifest)
+
+
+def discard(work: Path) -> None:
+    """Remove an unfinished bundle."""
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def settings_of(plan: Plan) -> Settings:
+    """The settings that the plan was made for."""
+    here = plan.target.name == "local"
+    return Settings(
+        engine=plan.recipe.engine,
+        context_tokens=plan.context_tokens,
+        threads=None if here else plan.target.compute.threads,
+        kv_type=plan.kv_type,
+    )
+
+
+def model_summary(plan: Plan, built: Built) -> dict[str, Any]:
+    """Where the model comes from."""
+    wanted = ("name", "licence", "architecture", "parameters", "source_digest", "format")
+    return {
+        **{key: built.checkpoint.facts[key] for key in wanted},
+        "uri": plan.source.uri,
+        "revision": plan.source.revision,
+        "digest": built.checkpoint.digest,
+    }
+
+
+def _swap(work: Path, final: Path) -> None:
+    old = final.with_name(f".{final.name}.old-{os.getpid()}")
+    if final.exists():
+        final.rename(old)
+    try:
+        work.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _readme(plan: Plan, built: Built) -> str:
+    template = jinja2.Template(
+        Path(__file__).with_name("bundle_readme.md.j2").read_text(),
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    values: Mapping[str, Any] = {
+        "target": plan.target,
+        "recipe": plan.recipe,
+        "model": model_summary(plan, built),
+        "settings": settings_of(plan),
+        "install": _INSTALL.get(plan.target.compute.accelerator, _INSTALL["none"]),
+        "version": edgekit.__version__,
+    }
+    return str(template.render(values))
+
+
+_INSTALL = {
+    "none": "pip install 'edgekit[gguf]'",
+    "cuda": "CMAKE_ARGS=-DGGML_CUDA=on pip install 'edgekit[gguf]'",
+    "metal": "CMAKE_ARGS=-DGGML_METAL=on pip install 'edgekit[gguf]'",
+    "vulkan": "CMAKE_ARGS=-DGGML_VULKAN=on pip install 'edgekit[gguf]'",
+    "sycl": "CMAKE_ARGS=-DGGML_SYCL=on pip install 'edgekit[gguf]'",
+}
+"""How llama-cpp-python is built for an accelerator."""

@@ -1,0 +1,56 @@
+"""A build's progress on stderr: a bar while a step executes, one line when it is done."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from edgekit.build import BuildEvents
+
+
+class ProgressDisplay(BuildEvents):
+    """Shows events on stderr; without a terminal there, only the lines."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[unit]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=None, unit="", visible=False)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def started(self, stage: str, position: int, steps: int) -> None:
+        """Show a fresh bar."""
+        self._progress.reset(self._task, total=None, description=f"{position}/{steps} {stage}", unit="", visible=True)
+
+    def progressed(self, done: int, total: int | None, unit: str) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=done, total=total, unit=unit)
+
+    def finished(self, stage: str, status: str, seconds: float) -> None:
+        """Print one line for the step."""
+        self._progress.update(self._task, visible=False)
+        detail = f"{seconds:6.1f} s" if status == "executed" else "  cached"
+        self.console.print(f"  {stage:<12} {detail}")
+
+    def noted(self, text: str) -> None:
+        """Print a remark."""
+        self.console.print(f"  note: {text}", markup=False)

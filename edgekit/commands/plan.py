@@ -1,0 +1,109 @@
+"""`edgekit plan`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from edgekit.commands._options import make_plans, planning_options
+from edgekit.plan import Plan, cached_records, check_fit, what_fits
+from edgekit.store import Store
+
+
+@click.command(name="plan", short_help="Show what a build would do and what it would need; writes nothing.")
+@planning_options
+def command(as_json: bool, **arguments: Any) -> None:
+    """Show what a build would do and what it would need; writes nothing.
+
+    Sizes are exact from tensor types; rates are predicted. Exit code 4 when a target is too small.
+    """
+    plans = make_plans(**arguments)
+    store = Store.default()
+    if as_json:
+        click.echo(json.dumps({"targets": [describe(plan, store) for plan in plans]}, indent=2))
+    else:
+        for plan in plans:
+            show(plan, store, Console())
+    for plan in plans:
+        check_fit(plan)
+
+
+def describe(plan: Plan, store: Store) -> dict[str, Any]:
+    """The plan as plain JSON."""
+    return {
+        "target": plan.target.name,
+        "recipe": plan.recipe.name,
+        "model": {"uri": plan.source.uri, "digest": plan.source.artifact.digest, "parameters": plan.shape.parameters},
+        "context_tokens": plan.context_tokens,
+        "kv_type": plan.kv_type,
+        "steps": [
+            {
+                "stage": step.stage.name,
+                "of": step.checks,
+                "key": key,
+                "cached": record is not None,
+                "params": step.params.model_dump(mode="json"),
+            }
+            for step, (key, record) in zip(plan.steps, cached_records(plan, store), strict=True)
+        ],
+        "memory": {
+            "weight_bytes": plan.memory.weight_bytes,
+            "kv_cache_bytes": plan.memory.kv_cache_bytes,
+            "compute_buffer_bytes": plan.memory.compute_buffer_bytes,
+            "margin_bytes": plan.memory.margin_bytes,
+            "required_bytes": plan.memory.required_bytes,
+            "usable_bytes": plan.memory.usable_bytes,
+        },
+        "fits": plan.memory.fits,
+        "would_fit": [] if plan.memory.fits else what_fits(plan),
+        "measurements": [m.model_dump(mode="json") for m in plan.predictions],
+        "fallbacks": list(plan.notes),
+    }
+
+
+def show(plan: Plan, store: Store, console: Console) -> None:
+    """Print the plan for people, at most 80 columns wide."""
+    facts = plan.source.artifact.facts
+    console.print(f"[bold]{plan.target.title}[/]  ({plan.target.name})", highlight=False)
+    console.print(
+        f"{facts['name']}, {plan.shape.parameters / 1e6:.1f} M parameters, licence {facts['licence']}; "
+        f"recipe {plan.recipe.name}",
+        highlight=False,
+    )
+    steps = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("step", "of", "cached", "parameters"):
+        steps.add_column(title, overflow="fold")
+    for step, (_, record) in zip(plan.steps, cached_records(plan, store), strict=True):
+        changed = step.params.model_dump(mode="json")
+        text = ", ".join(f"{name}={value}" for name, value in changed.items() if value not in (None, {}, False))
+        steps.add_row(step.stage.name, step.checks or "", "yes" if record else "no", text)
+    console.print(steps)
+    memory = Table(box=None, padding=(0, 2, 0, 0))
+    memory.add_column("memory on the target (predicted)")
+    memory.add_column("MiB", justify="right")
+    parts = {
+        "weights (exact from tensor types)": plan.memory.weight_bytes,
+        f"KV cache, {plan.kv_type}, {plan.context_tokens} tokens": plan.memory.kv_cache_bytes,
+        "compute buffers": plan.memory.compute_buffer_bytes,
+        "margin": plan.memory.margin_bytes,
+        "needed": plan.memory.required_bytes,
+        "usable": plan.memory.usable_bytes,
+    }
+    for name, size in parts.items():
+        memory.add_row(name, f"{size / (1 << 20):,.1f}")
+    console.print(memory)
+    for prediction in plan.predictions:
+        if prediction.unit == "tokens/s":
+            console.print(
+                f"{prediction.name}: {prediction.value:,.0f} predicted "
+                f"[{prediction.ci_low:,.0f} to {prediction.ci_high:,.0f}]",
+                markup=False,
+                highlight=False,
+            )
+    if plan.notes:
+        console.print(f"{len(plan.notes)} tensors fall back to another type, e.g. {plan.notes[0]}", highlight=False)
+    console.print()

@@ -1,0 +1,131 @@
+"""From a plan to a bundle in its place: build, measure on the device, check the gates, report."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import edgekit
+from edgekit.artifact import Artifact
+from edgekit.build import BuildEvents, Built, build
+from edgekit.bundle import Bundle, discard, finish_bundle, model_summary, stage_bundle
+from edgekit.devices import Device
+from edgekit.formats import gguf
+from edgekit.gates import check_gates
+from edgekit.measurement import Measurement
+from edgekit.plan import Plan
+from edgekit.report import Fallback, MemoryPart, Report, TensorGroup
+from edgekit.stages.evaluate import read_evaluation
+from edgekit.store import Store
+from edgekit.tools import tool_version
+
+
+@dataclass(frozen=True)
+class Delivered:
+    """A bundle in its place, and what its report says."""
+
+    bundle: Bundle
+    report: Report
+
+
+def deliver(
+    plan: Plan,
+    store: Store,
+    out: Path,
+    device: Device,
+    events: BuildEvents,
+    verified: dict[str, Artifact] | None = None,
+) -> Delivered:
+    """Make the bundle of a plan in `out`, even when a gate fails; the report says which.
+
+    Raises the EdgekitError of whatever stopped it; then `out` is as it was before.
+    """
+    built = build(plan, store, events, verified)
+    work = stage_bundle(plan, built, out)
+    try:
+        events.started("measure", len(plan.steps) + 1, len(plan.steps) + 1)
+        latency = device.measure_model(work / "model.gguf", plan.recipe.engine, plan.context_tokens, plan.kv_type)
+        report = make_report(plan, built, device, latency)
+        bundle = finish_bundle(plan, built, report, work, out)
+    except BaseException:
+        discard(work)
+        raise
+    store.keep(bundle.path, list(built.digests))
+    return Delivered(bundle, report)
+
+
+def make_report(plan: Plan, built: Built, device: Device, latency: list[Measurement]) -> Report:
+    """Put everything that was measured, predicted and decided into one report."""
+    measurements: list[Measurement] = []
+    windows: tuple[float, ...] = ()
+    for what, artifact in built.evaluations:
+        found, divergence = read_evaluation(artifact, what)
+        measurements += found
+        windows = divergence if what == "bundle" else windows
+    measurements += latency
+    header = gguf.read_header(built.result.path / "model.gguf")
+    measurements.append(_bytes("weight_bytes", header.weight_bytes))
+    measurements.append(_bytes("bundle_bytes", header.file_bytes))
+    here = plan.target.name == "local"
+    # on the machine itself a measured figure replaces its prediction; sizes are measured anywhere
+    measured = {m.name for m in measurements} if here else {"weight_bytes"}
+    measurements += [m for m in plan.predictions if m.name not in measured]
+    return Report(
+        edgekit_version=edgekit.__version__,
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        target={
+            "name": plan.target.name,
+            "title": plan.target.title,
+            "usable_bytes": plan.memory.usable_bytes,
+            "context_tokens": plan.context_tokens,
+        },
+        recipe=plan.recipe.describe(),
+        model=model_summary(plan, built),
+        host={
+            **device.facts(),
+            "python": platform.python_version(),
+            "tools": {t: tool_version(t) for t in sorted({t for step in plan.steps for t in step.stage.tools})},
+        },
+        steps=built.steps,
+        measurements=tuple(measurements),
+        gates=check_gates(plan.gates, measurements),
+        tensors=_groups(header),
+        fallbacks=tuple(Fallback(**fallback) for fallback in built.result.facts.get("fallbacks", ())),
+        memory=(
+            MemoryPart(name="weights", bytes=plan.memory.weight_bytes),
+            MemoryPart(name="KV cache", bytes=plan.memory.kv_cache_bytes),
+            MemoryPart(name="compute buffers", bytes=plan.memory.compute_buffer_bytes),
+            MemoryPart(name="margin", bytes=plan.memory.margin_bytes),
+        ),
+        divergence_per_window=windows,
+        notes=tuple(_notes(plan, device, here)),
+    )
+
+
+def _notes(plan: Plan, device: Device, here: bool) -> list[str]:
+    notes = []
+    if not here:
+        notes.append(
+            f"Latency and memory on {plan.target.title} are predicted. Accuracy, and the latency shown as measured, "
+            f"were measured on another machine ({device.fingerprint()}) with the same engine, {plan.recipe.engine}."
+        )
+    if plan.recipe.evaluation.text in ("python-docs", "python-code"):
+        notes.append(
+            f"Accuracy was measured on {plan.recipe.evaluation.text}, technical English with code. "
+            "Name your own text with --set evaluation.text=FILE before you rely on it for another domain."
+        )
+    return notes
+
+
+def _bytes(name: str, value: int) -> Measurement:
+    return Measurement(name=name, value=value, unit="bytes", kind="measured")
+
+
+def _groups(header: gguf.Header) -> tuple[TensorGroup, ...]:
+    groups: dict[str, list[int]] = {}
+    for tensor in header.tensors:
+        groups.setdefault(tensor.type, []).append(tensor.nbytes)
+    ordered = sorted(groups.items(), key=lambda item: -sum(item[1]))
+    return tuple(TensorGroup(type=name, tensors=len(sizes), bytes=sum(sizes)) for name, sizes in ordered)

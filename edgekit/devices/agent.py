@@ -1,0 +1,111 @@
+"""What runs on a device: `python -m edgekit.devices.agent JOB.json RESULT.jsonl`.
+
+It appends one JSON object a line, each with a `type`: `build`, `measurement`, `divergence_per_window`, `error`, and
+last `done`. Nothing but the engine, numpy, pydantic and psutil is imported.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from edgekit.devices import Job, describe_machine
+from edgekit.engines import find_engine
+from edgekit.errors import EdgekitError, InputError, ToolError
+from edgekit.measurement import Measurement
+
+Emit = Callable[..., None]
+
+
+def main(arguments: list[str]) -> int:
+    """Run the job and return the exit code: 0, or the code of the error that was written."""
+    faulthandler.enable()  # a crash inside the engine then says so on stderr
+    job_path, result_path = map(Path, arguments)
+    with result_path.open("a", encoding="utf-8") as file:
+
+        def emit(kind: str, **fields: Any) -> None:
+            file.write(json.dumps({"type": kind, **fields}) + "\n")
+            file.flush()
+
+        try:
+            run_job(_read_job(job_path), emit)
+        except EdgekitError as error:
+            emit("error", **describe_error(error))
+            return error.exit_code
+        except MemoryError:
+            shortage = ToolError("enough memory for the job", "an allocation that failed", "use a smaller context")
+            emit("error", **describe_error(shortage))
+            return shortage.exit_code
+        emit("done")
+    return 0
+
+
+def run_job(job: Job, emit: Emit) -> None:
+    """Measure what the job asks for and emit every figure at once when it is known."""
+    module = find_engine(job.engine)
+    device = describe_machine().text
+    emit("build", device=device, info=module.build_info())
+
+    def report(measurement: Measurement) -> None:
+        emit("measurement", measurement=measurement.model_dump(mode="json"))
+
+    path = Path(job.model)
+    if job.measure.latency is not None:
+        from edgekit.measure.latency import measure_latency
+        from edgekit.measure.memory import peak_rss_bytes
+
+        settings = job.measure.latency.model_dump()
+        timed = measure_latency(lambda: module.open_model(path, job.options), **settings, device=device, of=job.of)
+        for measurement in timed:
+            report(measurement)
+        # before the divergence, whose reference is mapped into this process, too
+        peak = Measurement(
+            name="peak_rss_bytes",
+            value=peak_rss_bytes(),
+            unit="bytes",
+            kind="measured",
+            device=device,
+            of=job.of,
+            note="a fresh process that loads and generates, the Python interpreter included",
+        )
+        report(peak)
+    if job.measure.divergence is not None:
+        from edgekit.measure.divergence import compare, open_reference
+
+        reference = open_reference(Path(job.measure.divergence.reference))
+        with module.open_model(path, job.options) as engine:
+            divergence = compare(engine, reference, job.measure.divergence.windows)
+        for measurement in divergence.measurements(device=device, of=job.of):
+            report(measurement)
+        emit("divergence_per_window", values=divergence.window_kld)
+
+
+def describe_error(error: EdgekitError) -> dict[str, str]:
+    """The fields of an `error` line; `edgekit.devices.local` raises it anew from them."""
+    return {
+        "error": type(error).__name__,
+        "wanted": error.wanted,
+        "found": error.found,
+        "next_command": error.next_command,
+    }
+
+
+def _read_job(path: Path) -> Job:
+    try:
+        return Job.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        detail = error.errors()[0]
+        place = ".".join(map(str, detail["loc"]))
+        raise InputError(
+            f"a valid job in {path.name}", f"{place}: {detail['msg']}", "use one edgekit version"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

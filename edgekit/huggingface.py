@@ -1,0 +1,74 @@
+"""Loading a checkpoint with transformers, the same safe way everywhere: local files, safetensors, no remote code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from edgekit.errors import InputError
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' bars and warnings: stages report progress themselves."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Return the tokenizer of a checkpoint. Raises InputError when it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=trust_remote_code, **options
+            )
+    except Exception as error:  # transformers raises any kind for a damaged tokenizer; all are the file's fault
+        raise InputError(f"a tokenizer in {directory}", _first_line(error), "fetch the model's files again") from None
+
+
+def load_model(directory: Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
+    """Return the causal language model of a checkpoint in float32, ready for inference on the CPU.
+
+    Raises InputError when transformers refuses it or tensors are missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=None if "gguf_file" in options else True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **options,
+            )
+    except MemoryError:
+        raise
+    except Exception as error:  # as above
+        raise InputError(
+            f"a model that transformers loads from {directory}", _first_line(error), "check the model's files"
+        ) from None
+    if missing := info.get("missing_keys"):
+        raise InputError(f"every tensor of the model in {directory}", f"{min(missing)} missing", "fetch it again")
+    return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:300]

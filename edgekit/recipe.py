@@ -1,0 +1,206 @@
+"""A recipe: the ordered stages that make an artifact, the text it is judged on, and its gates."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import PositiveInt, ValidationError, model_validator
+
+from edgekit.config import Document, Strict, explain
+from edgekit.engines import engine_names
+from edgekit.errors import InputError, suggest
+from edgekit.stage import Stage, StageParams, find_stage, stage_names
+
+S = TypeVar("S", bound=Strict)
+Overrides = dict[tuple[str, str], Any]
+
+CATALOG = Path(__file__).parent / "catalog" / "recipes"
+
+
+class Gate(Strict):
+    """A bound on a measurement, absolute or relative to the source model."""
+
+    measure: str
+    of: str = "bundle"
+    """What is measured: `bundle`, or the name of a stage whose output is checked on the way."""
+    max: float | None = None
+    min: float | None = None
+    max_ratio: float | None = None
+    """Largest allowed ratio to the same measurement of the source model."""
+    min_ratio: float | None = None
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Gate:
+        if sum(bound is not None for bound in (self.max, self.min, self.max_ratio, self.min_ratio)) != 1:
+            raise ValueError("needs exactly one of max, min, max_ratio, min_ratio")
+        return self
+
+
+class Evaluation(Strict):
+    """The held-out text that the source model and the artifact are compared on."""
+
+    text: str = "python-docs"
+    """A text set, or the path of a file; only its evaluation split is used."""
+    windows: PositiveInt = 8
+    window_tokens: PositiveInt = 512
+    """Length of a window; its second half is scored."""
+
+
+class RecipeFile(Strict):
+    """What a recipe's YAML file holds."""
+
+    name: str
+    description: str
+    engine: str
+    """Engine that runs the result: a file in `engines/`."""
+    stages: tuple[dict[str, dict[str, Any] | None], ...]
+    """Stages in order, each `name: {parameters}`."""
+    evaluation: Evaluation = Evaluation()
+    gates: tuple[Gate, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe whose stages are found and whose parameters are checked."""
+
+    name: str
+    description: str
+    engine: str
+    stages: tuple[tuple[Stage, StageParams], ...]
+    evaluation: Evaluation
+    gates: tuple[Gate, ...]
+
+    def describe(self) -> dict[str, Any]:
+        """The recipe as plain JSON, every parameter filled in."""
+        return {
+            "name": self.name,
+            "description": self.description,
+            "engine": self.engine,
+            "stages": [{stage.name: params.model_dump(mode="json")} for stage, params in self.stages],
+            "evaluation": self.evaluation.model_dump(mode="json"),
+            "gates": [gate.model_dump(mode="json", exclude_none=True) for gate in self.gates],
+        }
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names of the recipes in the catalog."""
+    return tuple(sorted(path.stem for path in CATALOG.glob("*.yaml")))
+
+
+def find_recipe(name: str, overrides: Overrides | None = None) -> Recipe:
+    """Load a recipe by name or path and apply `--set STAGE.PARAM=VALUE` overrides.
+
+    Raises InputError that lists every problem at once with its file and line.
+    """
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name).expanduser()
+    elif name in recipe_names():
+        path = CATALOG / f"{name}.yaml"
+    else:
+        known = recipe_names()
+        raise InputError(f"a recipe named {name!r}", f"none{suggest(name, known)}", "edgekit recipes list")
+    return _override(_resolve(Document(path)), overrides or {})
+
+
+def parse_overrides(texts: tuple[str, ...]) -> Overrides:
+    """Parse `STAGE.PARAM=VALUE` texts; the value is read as YAML. Raises InputError."""
+    parsed = {}
+    for text in texts:
+        match = re.fullmatch(r"([\w-]+)\.([\w-]+)=(.*)", text, re.DOTALL)
+        if match is None:
+            raise InputError("--set STAGE.PARAM=VALUE", repr(text), "e.g. --set gguf.type=Q5_K_M")
+        try:
+            value = yaml.safe_load(match[3])
+        except (yaml.YAMLError, ValueError):
+            value = match[3]
+        parsed[match[1], match[2]] = value
+    return parsed
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe file for editors: each stage with its own parameters."""
+    schema = RecipeFile.model_json_schema()
+    definitions = schema.setdefault("$defs", {})
+    choices = {}
+    for name in stage_names():
+        params = find_stage(name).params.model_json_schema(ref_template="#/$defs/{model}")
+        definitions.update(params.pop("$defs", {}))
+        choices[name] = {"anyOf": [params, {"type": "null"}], "description": find_stage(name).summary}
+    schema["properties"]["stages"]["items"] = {
+        "type": "object",
+        "properties": choices,
+        "additionalProperties": False,
+        "minProperties": 1,
+        "maxProperties": 1,
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _resolve(document: Document) -> Recipe:
+    loaded = document.check(RecipeFile)
+    stages = [(find_stage("checkpoint"), find_stage("checkpoint").params())]
+    listed = document.value.get("stages") if isinstance(document.value, dict) else None
+    for index, entry in enumerate(listed if isinstance(listed, list) else ()):
+        if not isinstance(entry, dict) or len(entry) != 1:
+            document.problem(("stages", index), "expected one stage, as `name: {parameters}`")
+            continue
+        ((name, values),) = entry.items()
+        if name not in stage_names():
+            document.problem(("stages", index, name), f"unknown stage{suggest(name, stage_names())}")
+            continue
+        stage = find_stage(name)
+        params = document.check(stage.params, {} if values is None else values, at=("stages", index, name))
+        if params is not None:
+            stages.append((stage, params))
+    if loaded is not None:
+        _check_names(document, loaded)
+    document.finish("recipe")
+    assert loaded is not None
+    return Recipe(loaded.name, loaded.description, loaded.engine, tuple(stages), loaded.evaluation, loaded.gates)
+
+
+def _check_names(document: Document, loaded: RecipeFile) -> None:
+    if loaded.name != document.path.stem:
+        document.problem(("name",), f"must be the file's name, {document.path.stem!r}")
+    if loaded.engine not in engine_names():
+        document.problem(("engine",), f"unknown engine{suggest(loaded.engine, engine_names())}")
+    if not loaded.stages:
+        document.problem(("stages",), "needs at least one stage")
+    made = {"bundle", *(name for entry in loaded.stages for name in entry)}
+    for index, gate in enumerate(loaded.gates):
+        if gate.of not in made:
+            document.problem(("gates", index, "of"), f"no stage {gate.of!r} in this recipe{suggest(gate.of, made)}")
+
+
+def _override(recipe: Recipe, overrides: Overrides) -> Recipe:
+    places = {stage.name for stage, _ in recipe.stages} | {"evaluation"}
+    for name, _ in overrides:
+        if name not in places:
+            raise InputError(
+                f"--set with a stage of {recipe.name} ({', '.join(sorted(places))})",
+                f"{name!r}{suggest(name, places)}",
+                f"edgekit recipes show {recipe.name}",
+            )
+    return replace(
+        recipe,
+        stages=tuple((stage, _replace_fields(params, stage.name, overrides)) for stage, params in recipe.stages),
+        evaluation=_replace_fields(recipe.evaluation, "evaluation", overrides),
+    )
+
+
+def _replace_fields(params: S, name: str, overrides: Overrides) -> S:
+    values = {field: value for (owner, field), value in overrides.items() if owner == name}
+    if not values:
+        return params
+    try:
+        return type(params).model_validate({**params.model_dump(), **values})
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, (name, *e['loc'])))}: {explain(type(params), e)}" for e in error.errors()]
+        fields = ", ".join(type(params).model_fields)
+        raise InputError(
+            f"--set {name}.PARAM=VALUE with a parameter of {fields}", "; ".join(problems), "correct --set"
+        ) from None

@@ -1,0 +1,71 @@
+"""The report as one HTML file: no script, no request, readable on a phone, on paper and in the dark."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.resources import files
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
+
+from edgekit.report import Report, summary
+from edgekit.report import figures as fig
+
+LONG_LIST = 12
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        bytes_text=fig.bytes_text,
+        clean=fig.clean,
+        exact=lambda gate: fig.exact(gate.name, gate.value),
+        number=fig.number,
+        percent=fig.percent,
+        seconds_text=fig.seconds_text,
+    )
+    environment.globals["share_bar"] = lambda value, extent, style="bar": Markup(fig.share_bar(value, extent, style))  # noqa: S704
+    return environment.from_string(files("edgekit.report").joinpath("report.html.j2").read_text("utf-8"))
+
+
+def render(report: Report) -> str:
+    """Render the whole report. Every value from the report is escaped: by the template, in SVG by `figures`."""
+    memory = summary.memory_on_target(report)
+    return _template().render(
+        report=report,
+        verdict=summary.verdict(report),
+        model=summary.model_name(report),
+        target=summary.target_title(report),
+        recipe=summary.recipe_name(report),
+        sentence=summary.sentence(report),
+        key_figures=summary.key_figures(report),
+        memory=memory,
+        memory_svg=_memory_svg(memory) if memory else "",
+        tensors=sorted(report.tensors, key=lambda group: -group.bytes),
+        divergence=summary.divergence_mean(report) if report.divergence_per_window else None,
+        divergence_svg=_divergence_svg(report) if report.divergence_per_window else "",
+        rows=summary.rows(report),
+        provenance=summary.provenance(report),
+        long_list=LONG_LIST,
+    )
+
+
+def _memory_svg(memory: summary.Memory) -> Markup:
+    parts = ", ".join(f"{part.label} {fig.bytes_text(part.value)}" for part in memory.segments)
+    usable = f" of {fig.bytes_text(memory.usable_bytes)} usable" if memory.usable_bytes else ""
+    title = f"Predicted memory: {fig.bytes_text(memory.required_bytes)} required{usable}: {parts}"
+    segments = list(memory.segments)
+    if memory.free_bytes:
+        segments.append(fig.Segment("free", memory.free_bytes, "free"))
+    return Markup(fig.bar_stack(segments, memory.usable_bytes, title))  # noqa: S704 - figures escapes
+
+
+def _divergence_svg(report: Report) -> Markup:
+    mean, low, high = summary.divergence_mean(report)
+    windows = report.divergence_per_window
+    title = (
+        f"KL divergence at {len(windows)} evaluation windows, in nats: mean {fig.number(mean)}, "
+        f"95% interval {fig.number(low)} to {fig.number(high)}, largest {fig.number(max(windows))}"
+    )
+    return Markup(fig.columns_with_band(windows, mean, low, high, title))  # noqa: S704 - figures escapes

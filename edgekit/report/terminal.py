@@ -1,0 +1,143 @@
+"""The report in a terminal: the verdict, the key figures, memory and gates within 80 columns."""
+
+from __future__ import annotations
+
+from rich.cells import cell_len, chop_cells
+from rich.console import Console
+from rich.text import Text
+
+from edgekit.report import Report
+from edgekit.report.figures import bytes_text, clean, exact
+from edgekit.report.summary import (
+    Memory,
+    Reading,
+    key_figures,
+    memory_on_target,
+    model_name,
+    recipe_name,
+    target_title,
+    verdict,
+)
+
+WIDTH = 80
+STYLES = {"Passed": "bold green", "Failed": "bold red", "Built": "bold"}
+FILLS = "█▓▒░"
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a summary; no line is wider than 80 cells. Values are printed as text, never as markup."""
+    result = verdict(report)
+    _line(console, (f"{result.word}: {result.detail}", STYLES[result.word]))
+    _line(console, (model_name(report), "bold"))
+    _line(console, (f"for {target_title(report)}, recipe {recipe_name(report)}", ""))
+    figures = key_figures(report)
+    if figures:
+        console.print()
+    for figure in figures:
+        for index, reading in enumerate(figure.readings):
+            _figure(console, figure.title if index == 0 else "", reading)
+        if figure.context:
+            _line(console, (f"{'':17}{figure.context}", "dim"))
+    memory = memory_on_target(report)
+    if memory:
+        console.print()
+        _memory(console, memory)
+    if report.gates:
+        console.print()
+        _line(console, ("Gates", "bold"))
+    for gate in report.gates:
+        style = "green" if gate.passed else "bold red"
+        value = f"{'≈ ' if gate.kind == 'predicted' else ''}{exact(gate.name, gate.value)}"
+        _line(
+            console,
+            (f"  {'pass' if gate.passed else 'FAIL'}  ", style),
+            (_fit(clean(gate.bound), 34), ""),
+            (f"  {_fit(value, 24)} ", "bold" if gate.kind == "measured" else "italic"),
+            (gate.kind, "cyan" if gate.kind == "measured" else "magenta italic"),
+        )
+        if not gate.certain:
+            _line(console, ("        uncertain: its interval crosses the bound", "yellow"))
+    if report.notes:
+        console.print()
+    for note in report.notes:
+        for index, part in enumerate(_wrap(clean(note), WIDTH - 6)):
+            _line(console, ("note: " if index == 0 else "      ", "yellow"), (part, ""))
+
+
+def _figure(console: Console, title: str, reading: Reading) -> None:
+    measured = reading.kind == "measured"
+    basis = ", ".join(
+        filter(None, [reading.place.removeprefix("the "), f"n = {reading.n:,}" if reading.n is not None else ""])
+    )
+    _line(
+        console,
+        (_fit(title, 17), ""),
+        (_fit(reading.shown.text, 31), "bold" if measured else "italic"),
+        (f" {reading.kind:9} ", "cyan" if measured else "magenta italic"),
+        (_fit(basis, WIDTH - 59), "dim"),
+    )
+
+
+def _memory(console: Console, memory: Memory) -> None:
+    usable = memory.usable_bytes
+    against = f" of {bytes_text(usable)} usable" if usable else ""
+    _line(
+        console,
+        ("Memory on the target ", "bold"),
+        (f"≈ {bytes_text(memory.required_bytes)}{against}", "italic"),
+        (" predicted", "magenta italic"),
+    )
+    width = WIDTH - 4
+    extent = max(memory.required_bytes, usable or 0, 1)
+    bar, edge = "", 0.0
+    for index, segment in enumerate(memory.segments):
+        edge += segment.value
+        # rounding the edges, not the widths, keeps the sum exact
+        bar += FILLS[index % len(FILLS)] * (round(edge / extent * width) - len(bar))
+    _line(console, (f"  [{bar:·<{width}}]", "red" if memory.over_bytes else ""))
+    legend = [
+        f"{FILLS[index % len(FILLS)]} {segment.label} {bytes_text(segment.value)}"
+        for index, segment in enumerate(memory.segments)
+    ]
+    if memory.over_bytes:
+        legend.append(f"{bytes_text(memory.over_bytes)} too much")
+    elif usable:
+        legend.append(f"· free {bytes_text(memory.free_bytes)}")
+    row = ""
+    for item in legend:
+        if row and cell_len(row) + 3 + cell_len(item) > WIDTH - 2:
+            _line(console, (f"  {row}", ""))
+            row = ""
+        row += ("   " if row else "") + item
+    _line(console, (f"  {row}", ""))
+
+
+def _fit(text: str, width: int) -> str:
+    """Pad or cut to exactly `width` cells (a wide character takes two)."""
+    if cell_len(text) > width:
+        text = chop_cells(text, width - 1)[0] + "…"
+    return text + " " * (width - cell_len(text))
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Break at spaces, and inside a word only where it is longer than a line."""
+    lines = [""]
+    for word in text.split(" "):
+        for piece in chop_cells(word, width) or [""]:
+            joined = f"{lines[-1]} {piece}" if lines[-1] else piece
+            if cell_len(joined) <= width:
+                lines[-1] = joined
+            else:
+                lines.append(piece)
+    return lines
+
+
+def _line(console: Console, *parts: tuple[str, str]) -> None:
+    line = Text(no_wrap=True, end="")
+    for text, style in parts:
+        # a terminal that cannot encode a character shows a question mark instead of failing at the very end
+        line.append(text.encode(console.encoding, "replace").decode(console.encoding), style)
+    line.rstrip()
+    if line.cell_len > WIDTH:
+        line = Text(_fit(line.plain, WIDTH), style=parts[0][1])
+    console.print(line, soft_wrap=True, highlight=False, markup=False, emoji=False)

@@ -1,0 +1,132 @@
+"""How a stage is declared, and how it is found: the name of its file is its name in recipes."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import edgekit.stages
+from edgekit.artifact import Artifact
+from edgekit.config import Strict
+from edgekit.errors import InputError, suggest
+from edgekit.store import Store
+from edgekit.target import Target
+
+
+class StageParams(Strict):
+    """Base of a stage's parameters. The defaults, filled in, are part of the cache key."""
+
+    text_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that name a text set: the digest of the text, not its name, is part of the key."""
+
+
+class Progress(Protocol):
+    """Called by a stage as it goes on; `total` is None where it is not known."""
+
+    def __call__(self, done: int, total: int | None = None, unit: str = "") -> None:
+        """Report `done` of `total` units."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage may see besides its input and parameters."""
+
+    store: Store
+    """For fetched tools only; a stage writes nothing else there."""
+    side: Mapping[str, Artifact] = field(default_factory=dict)
+    """Artifacts of the kinds that the stage declared in `also`, where the plan had one."""
+    target: Target | None = None
+    """Only the fields declared in `target_fields` may be read: only they are part of the key."""
+    progress: Progress = lambda done, total=None, unit="": None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of the planned model: GGUF name, shape (innermost first) and storage type."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+
+
+Facts = dict[str, Any]
+Run = Callable[[Artifact, Path, Any, StageContext], Facts]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A declared stage."""
+
+    name: str
+    version: int
+    takes: str
+    gives: str
+    also: tuple[str, ...]
+    tools: tuple[str, ...]
+    target_fields: tuple[str, ...]
+    params: type[StageParams]
+    run: Run
+    summary: str
+
+    def predict(
+        self, tensors: Sequence[Tensor], params: StageParams, side: frozenset[str]
+    ) -> tuple[Sequence[Tensor], Sequence[str]]:
+        """Tensors after this stage, and notes on them, without reading weights.
+
+        A stage module states this as a function `predict` of the same arguments: `side` holds the kinds
+        of `also` that the plan has. Without one, nothing changes.
+        """
+        function = getattr(sys.modules[self.run.__module__], "predict", None)
+        return function(tensors, params, side) if function else (tensors, ())
+
+
+def stage(
+    *,
+    version: int,
+    takes: str,
+    gives: str,
+    also: tuple[str, ...] = (),
+    tools: tuple[str, ...] = (),
+    target_fields: tuple[str, ...] = (),
+) -> Callable[[Run], Stage]:
+    """Declare the function as the stage of its module, whose class `Params` types its parameters.
+
+    Args:
+        version: Raise it when the same inputs would give another output.
+        takes: Kind of the artifact it transforms: the latest of that kind in the recipe.
+        gives: Kind of the artifact it writes.
+        also: Kinds of further artifacts it uses when the recipe made one before.
+        tools: Distributions whose versions change the output; they are part of the key.
+        target_fields: Fields of the target (dotted) that change the output.
+    """
+
+    def declare(run: Run) -> Stage:
+        module = sys.modules[run.__module__]
+        summary = (run.__doc__ or "").strip().partition("\n")[0]
+        name = run.__module__.rpartition(".")[2]
+        return Stage(name, version, takes, gives, also, tools, target_fields, module.Params, run, summary)
+
+    return declare
+
+
+@cache
+def stage_names() -> tuple[str, ...]:
+    """Names of all stages: the files of the room."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(edgekit.stages.__path__) if not m.name.startswith("_")))
+
+
+@cache
+def find_stage(name: str) -> Stage:
+    """Return a stage by name. Raises InputError with the closest name."""
+    if name not in stage_names():
+        raise InputError(
+            f"a stage named {name!r}", f"none{suggest(name, stage_names())}", f"use one of {', '.join(stage_names())}"
+        )
+    found: Stage = importlib.import_module(f"edgekit.stages.{name}").run
+    return found

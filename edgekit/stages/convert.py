@@ -1,0 +1,59 @@
+"""Checkpoint to an unquantized GGUF, by llama.cpp's own converter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from edgekit.artifact import Artifact
+from edgekit.errors import ToolError
+from edgekit.formats import gguf
+from edgekit.stage import Facts, StageContext, StageParams, Tensor, stage
+from edgekit.tools import CONVERTER, converter_directory
+
+FILE_NAME = "model.gguf"
+
+
+class Params(StageParams):
+    """Parameters of `convert`."""
+
+    type: Literal["f16", "bf16", "f32"] = "f16"
+    """Storage type of matrices; vectors stay in f32."""
+
+
+@stage(version=1, takes="checkpoint", gives="gguf", tools=(CONVERTER, "gguf", "transformers", "torch"))
+def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
+    """Convert the checkpoint to GGUF without quantizing it."""
+    directory = converter_directory(ctx.store)
+    target = out / FILE_NAME
+    command = [sys.executable, str(directory / "convert_hf_to_gguf.py"), str(model.path)]
+    command += ["--outtype", params.type, "--outfile", str(target), "--model-name", str(model.facts["name"])]
+    if model.facts.get("trust_remote_code"):
+        command.append("--trust-remote-code")
+    # bytecode would change the fetched tool's directory
+    environment = {
+        **os.environ,
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0 or not target.is_file():
+        errors = [line for line in done.stderr.splitlines() if line.strip() and "it/s" not in line]
+        raise ToolError(
+            f"a GGUF file of {model.facts['name']} from llama.cpp's converter",
+            (errors or ["no message"])[-1].strip(),
+            "edgekit doctor",
+        )
+    header = gguf.read_header(target)
+    return {"architecture": header.architecture, "type": params.type, "weight_bytes": header.weight_bytes}
+
+
+def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> tuple[Sequence[Tensor], Sequence[str]]:
+    """Matrices take the chosen type."""
+    return [replace(t, type=params.type) if t.type == "f16" else t for t in tensors], ()

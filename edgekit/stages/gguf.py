@@ -1,0 +1,213 @@
+"""Quantization to any type of llama.cpp, by llama.cpp's own quantizer in this process."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from edgekit.artifact import Artifact
+from edgekit.engines.llama_cpp import Log, collect_log
+from edgekit.errors import InputError, ToolError, suggest
+from edgekit.formats import gguf
+from edgekit.stage import Facts, StageContext, StageParams, Tensor, stage
+from edgekit.stages.imatrix import FILE_NAME as IMATRIX_FILE
+from edgekit.stages.imatrix import read_imatrix
+
+FILE_NAME = "model.gguf"
+
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "BF16": 32,
+    "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q1_0": 40, "Q2_0": 41,
+    "Q2_K": 10, "Q2_K_S": 21, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13,
+    "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18,
+    "IQ1_S": 24, "IQ1_M": 31, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ2_S": 28, "IQ2_M": 29,
+    "IQ3_XXS": 23, "IQ3_XS": 22, "IQ3_S": 26, "IQ3_M": 27, "IQ4_NL": 25, "IQ4_XS": 30,
+    "TQ1_0": 36, "TQ2_0": 37, "MXFP4_MOE": 38,
+}  # fmt: skip
+"""llama.cpp's file types (`enum llama_ftype` in llama.h) that its quantizer writes."""
+
+_NEEDS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "Q2_K_S"}
+
+
+class Params(StageParams):
+    """Parameters of `gguf`."""
+
+    type: str = Field("Q4_K_M", json_schema_extra={"enum": sorted(FILE_TYPES)})
+    """File type: llama.cpp's mix of tensor types."""
+    tensor_types: dict[str, str] = Field(default_factory=dict)
+    """Types of single tensors: regular expression on the GGUF name -> tensor type, e.g. `ffn_down: q6_K`."""
+    output_type: str | None = None
+    """Type of the output head, and of the embedding where the two are one tensor."""
+    token_embedding_type: str | None = None
+    pure: bool = False
+    """Give every matrix the file type's base type, without llama.cpp's mix."""
+
+    @field_validator("type")
+    @classmethod
+    def _is_a_file_type(cls, value: str) -> str:
+        if value.upper() not in FILE_TYPES:
+            raise ValueError(f"not a file type of llama.cpp{suggest(value.upper(), FILE_TYPES)}")
+        return value.upper()
+
+    @field_validator("output_type", "token_embedding_type")
+    @classmethod
+    def _is_a_type(cls, value: str | None) -> str | None:
+        return None if value is None else _type_name(value)
+
+    @field_validator("tensor_types")
+    @classmethod
+    def _are_types(cls, value: dict[str, str]) -> dict[str, str]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+        return {pattern: _type_name(name) for pattern, name in value.items()}
+
+
+def _type_name(text: str) -> str:
+    known = {t.name.lower(): t.name for t in gguf.GGML_TYPES.values()}
+    if text.lower() not in known:
+        raise ValueError(f"{text!r} is not a tensor type of GGUF{suggest(text, known.values())}")
+    return known[text.lower()]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What llama.cpp's quantizer decided: the type of each tensor, and where it fell back."""
+
+    types: dict[str, str]
+    fallbacks: tuple[dict[str, str], ...]
+
+
+@stage(version=1, takes="gguf", gives="gguf", also=("imatrix",), tools=("llama-cpp-python",))
+def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
+    """Quantize the weights, under the importance matrix where there is one."""
+    imatrix = read_imatrix(ctx.side["imatrix"].path / IMATRIX_FILE) if "imatrix" in ctx.side else None
+    if imatrix is None and params.type in _NEEDS_IMATRIX:
+        raise InputError(
+            f"an importance matrix for {params.type}", "none in the recipe", "add `- imatrix:` before `- gguf:`"
+        )
+    source, target = model.path / FILE_NAME, out / FILE_NAME
+    decision = quantize(source, target, params, imatrix, on_tensor=lambda i, n: ctx.progress(i, n, "tensors"))
+    header = gguf.read_header(target)
+    return {
+        "architecture": header.architecture,
+        "type": params.type,
+        "weight_bytes": header.weight_bytes,
+        "fallbacks": list(decision.fallbacks),
+        "imatrix": imatrix is not None,
+    }
+
+
+def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> tuple[Sequence[Tensor], Sequence[str]]:
+    """Ask llama.cpp's quantizer, in a dry run on a skeleton of the model, which type each tensor takes.
+
+    The skeleton has the model's tensor names and shapes and no data. It poses as a llama: the quantizer's
+    choices depend on names, shapes, layer and expert counts and the head ratio.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        skeleton = Path(scratch) / "skeleton.gguf"
+        gguf.write_skeleton(skeleton, _skeleton_metadata(tensors), [(t.name, t.shape, t.type) for t in tensors])
+        # the quantizer only asks whether there is a matrix, not what it says
+        imatrix = {"-": np.ones(1, np.float32)} if "imatrix" in side else None
+        decision = quantize(skeleton, Path(scratch) / "out.gguf", params, imatrix, dry_run=True)
+    notes = [
+        f"{f['tensor']}: {f['wanted']} does not divide its rows, falls back to {f['found']}" for f in decision.fallbacks
+    ]
+    return [replace(t, type=decision.types.get(t.name, t.type)) for t in tensors], notes
+
+
+def quantize(
+    source: Path,
+    target: Path,
+    params: Params,
+    imatrix: Mapping[str, np.ndarray[Any, np.dtype[np.float32]]] | None,
+    *,
+    dry_run: bool = False,
+    on_tensor: Callable[[int, int], None] = lambda index, total: None,
+) -> Decision:
+    """Run `llama_model_quantize` from `source` to `target`. Raises ToolError with llama.cpp's last error."""
+    from llama_cpp import llama_cpp as api
+
+    identities = {t.name: identity for identity, t in gguf.GGML_TYPES.items()}
+    settings = api.llama_model_quantize_default_params()
+    settings.ftype = FILE_TYPES[params.type]
+    settings.pure = params.pure
+    settings.dry_run = dry_run
+    settings.nthread = 0
+    if params.output_type:
+        settings.output_tensor_type = identities[params.output_type]
+    if params.token_embedding_type:
+        settings.token_embedding_type = identities[params.token_embedding_type]
+    overrides = [(pattern.encode(), identities[name]) for pattern, name in params.tensor_types.items()]
+    settings.tt_overrides = (api.llama_model_tensor_override * (len(overrides) + 1))(*overrides, (None, 0))
+    if imatrix is not None:
+        entries = [
+            (name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
+            for name, values in imatrix.items()
+        ]
+        settings.imatrix = (api.llama_model_imatrix_data * (len(entries) + 1))(*entries, (None, None, 0))
+
+    def on_line(line: str) -> None:
+        if found := _TENSOR_LINE.match(line):
+            on_tensor(int(found[1]), int(found[2]))
+
+    with collect_log(on_line) as log:
+        status = api.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings))
+    if status != 0:
+        raise ToolError(
+            f"{params.type} from llama.cpp's quantizer", _last_error(log), "choose another type with --set gguf.type="
+        )
+    return _read_decision(log)
+
+
+_TENSOR_LINE = re.compile(r"\[ *(\d+)/ *(\d+)\] +(\S+) +- \[.*?\], type = +(\w+), (.*)")
+_FALLBACK_LINE = re.compile(r"warning: (\S+) +- ncols .*required for type +(\w+)\).* falling back to +(\w+)")
+
+
+def _read_decision(log: Sequence[str]) -> Decision:
+    types, fallbacks = {}, []
+    for line in log:
+        if found := _TENSOR_LINE.match(line):
+            changed = re.search(r"\((\w+)\)\s*$", found[5]) or re.search(
+                r"(?:converting|quantizing) to (\w+)", found[5]
+            )
+            types[found[3]] = changed[1] if changed else found[4]
+        elif found := _FALLBACK_LINE.search(line):
+            fallbacks.append({"tensor": found[1], "wanted": found[2], "found": found[3]})
+    return Decision(types, tuple(fallbacks))
+
+
+def _last_error(log: Log) -> str:
+    return (log.errors or log or ["no message"])[-1].strip()
+
+
+def _skeleton_metadata(tensors: Sequence[Tensor]) -> dict[str, str | int | float | bool]:
+    shapes = {t.name: t.shape for t in tensors}
+    layers = 1 + max((int(name.split(".")[1]) for name in shapes if name.startswith("blk.")), default=-1)
+    query, key = shapes.get("blk.0.attn_q.weight"), shapes.get("blk.0.attn_k.weight")
+    groups = query[1] // key[1] if query and key and key[1] else 1
+    hidden = shapes["token_embd.weight"][0]
+    experts = max((shape[2] for shape in shapes.values() if len(shape) > 2), default=0)
+    metadata: dict[str, str | int | float | bool] = {
+        "general.architecture": "llama",
+        "llama.block_count": layers,
+        "llama.context_length": 512,
+        "llama.embedding_length": hidden,
+        "llama.feed_forward_length": 4 * hidden,
+        "llama.attention.head_count": groups,
+        "llama.attention.head_count_kv": 1,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    if experts:
+        metadata |= {"llama.expert_count": experts, "llama.expert_used_count": 1}
+    return metadata
