@@ -73,7 +73,7 @@ class Document:
             return mapping
         if isinstance(node, yaml.SequenceNode):
             return [self._build(item, (*location, i)) for i, item in enumerate(node.value)]
-        return _SCALARS.construct_object(node)
+        return _construct(node)
 
     def problem(self, location: Location, message: str) -> None:
         """Record one error at the line of `location` (or of its nearest known parent)."""
@@ -113,7 +113,12 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_SCALARS = yaml.SafeLoader("")
+def _construct(node: yaml.Node) -> Any:
+    """Return the value of a scalar; one that does not match its tag (`!!bool perhaps`) is malformed."""
+    try:
+        return yaml.SafeLoader("").construct_document(node)
+    except (LookupError, AttributeError, ArithmeticError) as error:  # PyYAML's own slips: it expects a match
+        raise yaml.MarkedYAMLError(problem=f"not a {node.tag}: {error}", problem_mark=node.start_mark) from None
 
 
 def _dotted(location: Location) -> str:

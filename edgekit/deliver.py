@@ -10,8 +10,9 @@ from pathlib import Path
 import edgekit
 from edgekit.artifact import Artifact
 from edgekit.build import BuildEvents, Built, build
-from edgekit.bundle import Bundle, discard, finish_bundle, model_summary, stage_bundle
-from edgekit.devices import Device
+from edgekit.bundle import MODEL_FILE, Bundle, discard, finish_bundle, model_summary, stage_bundle
+from edgekit.devices import Device, Fingerprint, Job, JobResult, LatencyJob, Measures
+from edgekit.engine import EngineOptions
 from edgekit.formats import gguf
 from edgekit.gates import check_gates
 from edgekit.measurement import Measurement
@@ -46,8 +47,14 @@ def deliver(
     work = stage_bundle(plan, built, out)
     try:
         events.started("measure", len(plan.steps) + 1, len(plan.steps) + 1)
-        latency = device.measure_model(work / "model.gguf", plan.recipe.engine, plan.context_tokens, plan.kv_type)
-        report = make_report(plan, built, device, latency)
+        job = Job(
+            engine=plan.recipe.engine,
+            model=str(work / MODEL_FILE),
+            options=EngineOptions(context_tokens=plan.context_tokens, kv_type=plan.kv_type),
+            measure=Measures(latency=LatencyJob()),
+        )
+        result = device.run(job, progress=lambda name: events.progressed(0, None, name))
+        report = make_report(plan, built, device.fingerprint(), result)
         bundle = finish_bundle(plan, built, report, work, out)
     except BaseException:
         discard(work)
@@ -56,7 +63,7 @@ def deliver(
     return Delivered(bundle, report)
 
 
-def make_report(plan: Plan, built: Built, device: Device, latency: list[Measurement]) -> Report:
+def make_report(plan: Plan, built: Built, device: Fingerprint, timed: JobResult) -> Report:
     """Put everything that was measured, predicted and decided into one report."""
     measurements: list[Measurement] = []
     windows: tuple[float, ...] = ()
@@ -64,8 +71,8 @@ def make_report(plan: Plan, built: Built, device: Device, latency: list[Measurem
         found, divergence = read_evaluation(artifact, what)
         measurements += found
         windows = divergence if what == "bundle" else windows
-    measurements += latency
-    header = gguf.read_header(built.result.path / "model.gguf")
+    measurements += timed.measurements
+    header = gguf.read_header(built.result.path / MODEL_FILE)
     measurements.append(_bytes("weight_bytes", header.weight_bytes))
     measurements.append(_bytes("bundle_bytes", header.file_bytes))
     here = plan.target.name == "local"
@@ -84,7 +91,9 @@ def make_report(plan: Plan, built: Built, device: Device, latency: list[Measurem
         recipe=plan.recipe.describe(),
         model=model_summary(plan, built),
         host={
-            **device.facts(),
+            **device.facts,
+            "fingerprint": device.text,
+            "engine": timed.build,
             "python": platform.python_version(),
             "tools": {t: tool_version(t) for t in sorted({t for step in plan.steps for t in step.stage.tools})},
         },
@@ -104,12 +113,12 @@ def make_report(plan: Plan, built: Built, device: Device, latency: list[Measurem
     )
 
 
-def _notes(plan: Plan, device: Device, here: bool) -> list[str]:
+def _notes(plan: Plan, device: Fingerprint, here: bool) -> list[str]:
     notes = []
     if not here:
         notes.append(
             f"Latency and memory on {plan.target.title} are predicted. Accuracy, and the latency shown as measured, "
-            f"were measured on another machine ({device.fingerprint()}) with the same engine, {plan.recipe.engine}."
+            f"were measured on another machine ({device.text}) with the same engine, {plan.recipe.engine}."
         )
     if plan.recipe.evaluation.text in ("python-docs", "python-code"):
         notes.append(

@@ -653,7 +653,7 @@ def test_json_is_canonical():
 
 def test_schema_is_published_as_it_is():
     published = json.loads(SCHEMA.read_text("utf-8"))
-    assert published == report_schema(), "run the command in docs/schemas or test_report.py to publish it again"
+    assert published == report_schema(), f"write json.dumps(report_schema(), indent=2) and a newline to {SCHEMA}"
 
 
 @ALL

@@ -13,7 +13,7 @@ from edgekit.commands import plan as plan_command
 from edgekit.commands._options import make_plans, planning_options
 from edgekit.commands._progress import ProgressDisplay
 from edgekit.deliver import Delivered, deliver
-from edgekit.devices import find_device
+from edgekit.devices import open_device
 from edgekit.errors import GateFailed
 from edgekit.plan import Plan, check_fit
 from edgekit.report.terminal import show
@@ -38,7 +38,7 @@ def command(ctx: click.Context, as_json: bool, out: Path, device_url: str, dry_r
     if dry_run:
         ctx.invoke(plan_command.command, as_json=as_json, **arguments)
         return
-    device = find_device(device_url)
+    device = open_device(device_url)
     plans = make_plans(**arguments)
     for plan in plans:
         check_fit(plan)

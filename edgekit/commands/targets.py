@@ -39,7 +39,7 @@ def list_targets(as_json: bool) -> None:
     for target in all_targets():
         table.add_row(*_row(target))
     Console().print(table)
-    click.echo("memory: what a model may use. `local` is this machine: edgekit targets show local")
+    click.echo("memory: what a model may use. This machine: edgekit targets show local")
 
 
 @targets.command("show")

@@ -65,9 +65,9 @@ class JobResult(Strict):
 
     device: str
     """Fingerprint of the machine, as in the measurements."""
-    measurements: tuple[Measurement, ...] = ()
-    build: dict[str, str] = {}
+    build: dict[str, str]
     """The engine's `build_info()`."""
+    measurements: tuple[Measurement, ...] = ()
     divergence_per_window: tuple[float, ...] = ()
     """Mean KL divergence of each evaluation window, in nats."""
 
@@ -141,8 +141,8 @@ def describe_machine() -> Fingerprint:
     # the kernel keeps a little more or less of the memory at each boot
     identity = json.dumps(facts | {"memory_bytes": memory_gib << 30}, sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:8]
-    name = facts.get("board", facts["cpu"])
-    return Fingerprint(f"{name}, {facts['cores']} cores, {memory_gib} GiB, {facts['os']}, #{digest}", facts)
+    title = facts.get("board", facts["cpu"])
+    return Fingerprint(f"{title}, {facts['cores']} cores, {memory_gib} GiB, {facts['os']}, #{digest}", facts)
 
 
 def _cpu_name() -> str:

@@ -1,6 +1,6 @@
-"""What runs on a device: `python -m edgekit.devices.agent JOB.json RESULT.jsonl`.
+"""What runs on a device: `python -m edgekit.devices.agent JOB.json RESULT.jsonl [--end-with-stdin]`.
 
-It appends one JSON object a line, each with a `type`: `build`, `measurement`, `divergence_per_window`, `error`, and
+With the flag it ends when its standard input does: whoever holds the other end has gone. It appends one JSON object a line, each with a `type`: `build`, `measurement`, `divergence_per_window`, `error`, and
 last `done`. Nothing but the engine, numpy, pydantic and psutil is imported.
 """
 
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,15 @@ from edgekit.errors import EdgekitError, InputError, ToolError
 from edgekit.measurement import Measurement
 
 Emit = Callable[..., None]
+END_WITH_STDIN = "--end-with-stdin"
 
 
 def main(arguments: list[str]) -> int:
     """Run the job and return the exit code: 0, or the code of the error that was written."""
     faulthandler.enable()  # a crash inside the engine then says so on stderr
-    job_path, result_path = map(Path, arguments)
+    job_path, result_path = map(Path, arguments[:2])
+    if arguments[2:] == [END_WITH_STDIN]:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
     with result_path.open("a", encoding="utf-8") as file:
 
         def emit(kind: str, **fields: Any) -> None:
@@ -94,6 +99,13 @@ def describe_error(error: EdgekitError) -> dict[str, str]:
         "found": error.found,
         "next_command": error.next_command,
     }
+
+
+def _end_with_stdin() -> None:
+    # the descriptor itself: a buffered reader's lock would hang the interpreter when it exits
+    while os.read(0, 1024):
+        pass
+    os._exit(1)
 
 
 def _read_job(path: Path) -> Job:

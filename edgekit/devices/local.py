@@ -18,6 +18,7 @@ from typing import Any
 import edgekit
 import edgekit.errors
 from edgekit.devices import Device, Fingerprint, Job, JobResult, describe_machine
+from edgekit.devices.agent import END_WITH_STDIN
 from edgekit.errors import EdgekitError, InputError, ToolError
 from edgekit.measurement import Measurement
 
@@ -76,7 +77,7 @@ class Local:
 
 def agent_command(job_path: Path, result_path: Path) -> list[str]:
     """The command line that runs a job here; -P keeps the working directory off the module path."""
-    return [sys.executable, "-P", "-m", "edgekit.devices.agent", str(job_path), str(result_path)]
+    return [sys.executable, "-P", "-m", "edgekit.devices.agent", str(job_path), str(result_path), END_WITH_STDIN]
 
 
 def oom_kills() -> int:
@@ -97,7 +98,7 @@ def _process(command: list[str], directory: Path, log: Any) -> Iterator[subproce
         command,
         cwd=directory,
         env={**os.environ, "PYTHONPATH": path},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # its end tells the job that this process is gone, however it went
         stdout=log,
         stderr=log,
         start_new_session=True,
@@ -106,6 +107,8 @@ def _process(command: list[str], directory: Path, log: Any) -> Iterator[subproce
         yield process
     finally:
         _end_group(process)
+        if process.stdin:
+            process.stdin.close()
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

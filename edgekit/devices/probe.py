@@ -26,8 +26,9 @@ COPY_SECONDS = 0.4
 MATMUL_SECONDS = 0.25
 COPY_BYTES = 128 << 20
 """Each way; larger than the last-level cache of anything that is a target."""
-MATMUL_SIZE = 384
-"""Less than a millisecond on a desktop: on a busy machine the best pass falls into a quiet moment."""
+MATMUL_SIZE = 64
+"""Small enough for OpenBLAS to stay on one thread: its own threads wait for each other on a busy machine."""
+MATMUL_BATCH = 64
 BUSY_SHARE = 0.25
 """Share of the machine that others may use during the measurement before the profile says so."""
 BIG_CORE_CAPACITY = 0.6
@@ -62,7 +63,7 @@ def probe_local() -> Target:
     threads = physical_cores()
     load = _OthersLoad()
     memory = (gpu and _gpu_memory(gpu)) or _host_memory(threads, unified=accelerator != "none")
-    flops = gpu.dense_flops if gpu else _measured(measure_matmul_flops_per_s(), "FP32 matmul, numpy")
+    flops = gpu.dense_flops if gpu else _measured(measure_matmul_flops_per_s(threads), "FP32 matmul, numpy")
     notes = ["The GPU's figures hold for a llama.cpp built with CUDA."] if gpu else []
     if load.share() > BUSY_SHARE:
         notes.append("Other programs kept the machine busy during the measurement: it can do more than this.")
@@ -114,20 +115,25 @@ def measure_copy_bytes_per_s(threads: int) -> float:
     room = min(COPY_BYTES, psutil.virtual_memory().available // 8)
     source = np.ones(max(room // 8, 1), dtype=np.float64)
     target = np.zeros_like(source)
-    parts = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
+    into, parts = np.array_split(target, threads), np.array_split(source, threads)
     with ThreadPoolExecutor(threads) as pool:  # numpy copies without the interpreter lock
 
         def copy() -> None:
-            list(pool.map(lambda part: np.copyto(*part), parts))
+            list(pool.map(np.copyto, into, parts))
 
         return 2 * source.nbytes / _best_seconds(copy, COPY_SECONDS)
 
 
-def measure_matmul_flops_per_s() -> float:
-    """Floating-point operations per second of a float32 matrix product in numpy; the best of several passes."""
-    left = np.ones((MATMUL_SIZE, MATMUL_SIZE), dtype=np.float32)
-    out = np.empty_like(left)
-    return 2 * MATMUL_SIZE**3 / _best_seconds(lambda: np.matmul(left, left, out=out), MATMUL_SECONDS)
+def measure_matmul_flops_per_s(threads: int) -> float:
+    """Float32 operations per second of `threads` multiplying batches of small matrices; the best of many passes."""
+    factors = np.ones((threads, MATMUL_BATCH, MATMUL_SIZE, MATMUL_SIZE), dtype=np.float32)
+    products = np.empty_like(factors)
+    with ThreadPoolExecutor(threads) as pool:
+
+        def multiply() -> None:
+            list(pool.map(lambda into, factor: np.matmul(factor, factor, out=into), products, factors))
+
+        return 2 * MATMUL_SIZE**3 * MATMUL_BATCH * threads / _best_seconds(multiply, MATMUL_SECONDS)
 
 
 def _best_seconds(run: Callable[[], object], budget_s: float) -> float:

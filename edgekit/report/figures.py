@@ -240,7 +240,7 @@ def bar_stack(segments: Sequence[Segment], limit_bytes: float | None, title: str
         body.append('<line class="axis" x1="100%" x2="100%" y1="48" y2="53"/>')
         body.append(f'<text x="100%" y="67" text-anchor="end">{bytes_text(extent)} usable</text>')
     scale, unit = _byte_scale(extent)
-    for tick in ticks(extent / scale):
+    for tick in ticks(extent / scale, 3):
         at = _share(tick * scale, extent)
         if fits and at > 66:
             break  # on a phone a label there would touch the one at the end

@@ -32,7 +32,7 @@ def _template() -> Template:
 def render(report: Report) -> str:
     """Render the whole report. Every value from the report is escaped: by the template, in SVG by `figures`."""
     memory = summary.memory_on_target(report)
-    return _template().render(
+    page = _template().render(
         report=report,
         verdict=summary.verdict(report),
         model=summary.model_name(report),
@@ -49,6 +49,7 @@ def render(report: Report) -> str:
         provenance=summary.provenance(report),
         long_list=LONG_LIST,
     )
+    return page.replace("≈ ", "≈\N{NO-BREAK SPACE}")
 
 
 def _memory_svg(memory: summary.Memory) -> Markup:

@@ -115,7 +115,7 @@ def _reading(reading: Reading) -> tuple[str, str, str]:
 
 def _stacked(readings: Iterable[Reading]) -> str:
     return "<br>".join(
-        text(r.shown.text + (f" ({about})" if (about := ", ".join(filter(None, [r.device, r.basis, r.note]))) else ""))
+        text(r.shown.text + (f" ({about})" if (about := ", ".join(filter(None, [r.place, r.basis, r.note]))) else ""))
         for r in readings
     )
 

@@ -92,7 +92,7 @@ def device_text(report: Report, device: str | None) -> str:
 def _place(report: Report, device: str | None) -> str:
     if device == report.host.get("fingerprint"):
         return "the build host" if device else ""
-    return shorten(device or "", 24)
+    return shorten(device or "", 32)
 
 
 def target_title(report: Report) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 from edgekit.artifact import Artifact
 from edgekit.errors import InputError
@@ -91,9 +95,10 @@ def _import_gguf(model: Artifact, out: Path, params: Params) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     (file_name,) = model.manifest.files
-    tokenizer = load_tokenizer(model.path, gguf_file=file_name)
-    _check_against_llama_cpp(model.path / file_name, tokenizer)
-    loaded = load_model(model.path, gguf_file=file_name)
+    with _parse_once():
+        tokenizer = load_tokenizer(model.path, gguf_file=file_name)
+        _check_against_llama_cpp(model.path / file_name, tokenizer)
+        loaded = load_model(model.path, gguf_file=file_name)
     settings = loaded.config.to_dict()
     # transformers keeps the GGUF origin in the config and then refuses to save; build it anew without
     for stale in ("quantization_config", "_name_or_path"):
@@ -110,6 +115,18 @@ def _import_gguf(model: Artifact, out: Path, params: Params) -> None:
         plain.save_pretrained(out)
         tokenizer.save_pretrained(out)
     _repeat_rope_theta(out / "config.json")
+
+
+@contextlib.contextmanager
+def _parse_once() -> Iterator[None]:
+    """Let transformers parse a GGUF once instead of for tokenizer, config and weights, and map names once."""
+    import gguf
+
+    with (
+        mock.patch.object(gguf, "GGUFReader", functools.cache(gguf.GGUFReader)),
+        mock.patch.object(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map)),
+    ):
+        yield
 
 
 def _check_against_llama_cpp(path: Path, tokenizer: Any) -> None:

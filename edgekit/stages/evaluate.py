@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import PositiveInt
 
 from edgekit.artifact import Artifact
-from edgekit.devices.local import fingerprint
+from edgekit.devices import describe_machine
 from edgekit.engine import EngineOptions
 from edgekit.engines import find_engine
 from edgekit.measure.divergence import compare, open_reference
@@ -36,7 +36,7 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         divergence = compare(
             engine, reference, windows=params.windows, progress=lambda done, total: ctx.progress(done, total, "windows")
         )
-    device = fingerprint()
+    device = describe_machine().text
     measurements = divergence.measurements(device=device)
     (out / FILE_NAME).write_text(
         json.dumps(
