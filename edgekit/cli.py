@@ -60,20 +60,15 @@ def main() -> None:
     try:
         cli.main(standalone_mode=False)
     except EdgekitError as error:
-        _fail(
-            error.exit_code,
-            f"error: {error}",
-            {"wanted": error.wanted, "found": error.found, "next": error.next_command},
-        )
+        told = {"wanted": error.wanted, "found": error.found, "next": error.next_command}
+        _fail(error.exit_code, f"error: {error}", None if error.documented else told)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _fail(
-            130, "interrupted: finished steps are kept; run the same command again to go on", {"found": "interrupted"}
-        )
+        _fail(130, "interrupted: finished steps are kept; the same command goes on", {"found": "interrupted"})
     except BrokenPipeError:
         # the reader of our output went away; keep the interpreter from writing to the closed pipe at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -82,15 +77,12 @@ def main() -> None:
         if os.environ.get("EDGEKIT_DEBUG"):
             raise
         text = f"{type(error).__name__}: {error}"
-        _fail(
-            1,
-            f"error: a bug in edgekit: {text}\n  next: run it again with EDGEKIT_DEBUG=1 and report what it prints",
-            {"found": text},
-        )
+        advice = "run it again with EDGEKIT_DEBUG=1 and report what it prints"
+        _fail(1, f"error: a bug in edgekit: {text}\n  next: {advice}", {"found": text, "next": advice})
 
 
-def _fail(code: int, message: str, detail: dict[str, str]) -> None:
-    if "--json" in sys.argv[1:]:
-        click.echo(json.dumps({"error": {"exit_code": code, **detail}}, indent=2))
+def _fail(code: int, message: str, document: dict[str, str] | None) -> None:
+    if document is not None and "--json" in sys.argv[1:]:
+        click.echo(json.dumps({"error": {"exit_code": code, **document}}, indent=2))
     click.echo(message, err=True)
     sys.exit(code)

@@ -15,8 +15,10 @@ class EdgekitError(Exception):
 
     exit_code = 1
 
-    def __init__(self, wanted: str, found: str, next_command: str) -> None:
+    def __init__(self, wanted: str, found: str, next_command: str, *, documented: bool = False) -> None:
+        """`documented` says that a command's JSON document on stdout tells of it already."""
         super().__init__(wanted, found, next_command)
+        self.documented = documented
         self.wanted = wanted
         self.found = found
         self.next_command = next_command

@@ -10,6 +10,9 @@ from typing import Any
 
 from edgekit.errors import InputError
 
+# read by tqdm when it is imported; some of transformers' bars ignore its own switch
+os.environ.setdefault("TQDM_DISABLE", "1")
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:

@@ -116,7 +116,7 @@ def make_plan(
     )
 
 
-def check_fit(plan: Plan) -> None:
+def check_fit(plan: Plan, *, documented: bool = False) -> None:
     """Raise DoesNotFit, with what would fit, when the plan needs more memory than the target has."""
     memory = plan.memory
     if memory.fits:
@@ -128,6 +128,7 @@ def check_fit(plan: Plan) -> None:
         f"KV cache {memory.kv_cache_bytes // mib} at {plan.context_tokens} tokens, "
         f"buffers {memory.compute_buffer_bytes // mib}, margin {memory.margin_bytes // mib})",
         "; or ".join(what_fits(plan)) or "choose a smaller model or a larger target",
+        documented=documented,
     )
 
 

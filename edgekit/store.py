@@ -198,7 +198,7 @@ class Store:
         The directory's content is hashed when it is made, and compared on every use.
         """
         with self._guard_disk(), self.shared(), self._lock(f"tool-{name}-{sha256}"):
-            final = self.root / "tools" / f"{name}-{sha256[:16]}"
+            final = self._tool_path(name, sha256)
             with contextlib.suppress(CorruptArtifact):
                 artifact = open_artifact(final)
                 artifact.verify()
@@ -215,6 +215,10 @@ class Store:
             finally:
                 shutil.rmtree(work, ignore_errors=True)
             return final
+
+    def has_tool(self, name: str, sha256: str) -> bool:
+        """Whether a tool was fetched."""
+        return (self._tool_path(name, sha256) / "manifest.json").is_file()
 
     def free_bytes(self) -> int:
         """Bytes that can still be written where the store is (or will be)."""
@@ -287,6 +291,9 @@ class Store:
 
     def _object_path(self, digest: str) -> Path:
         return self.root / "objects" / digest
+
+    def _tool_path(self, name: str, sha256: str) -> Path:
+        return self.root / "tools" / f"{name}-{sha256[:16]}"
 
     def _record_path(self, key: str) -> Path:
         return self.root / "steps" / f"{key}.json"

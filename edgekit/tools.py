@@ -71,6 +71,11 @@ def converter_directory(store: Store) -> Path:
     return own if own else store.tool(SDIST, SDIST_SHA256, _fetch_converter)
 
 
+def converter_is_fetched(store: Store) -> bool:
+    """Whether `converter_directory` would work without the network."""
+    return _own_llama_cpp() is not None or store.has_tool(SDIST, SDIST_SHA256)
+
+
 def _own_llama_cpp() -> Path | None:
     configured = os.environ.get("EDGEKIT_LLAMA_CPP")
     if not configured:

@@ -26,7 +26,7 @@ from edgekit.store import Store
 @click.option("--device", "device_url", default="local", show_default=True, help="Where to measure.")
 @click.option("--dry-run", is_flag=True, help="Only plan, like `edgekit plan`.")
 @click.pass_context
-def command(ctx: click.Context, as_json: bool, out: Path, device_url: str, dry_run: bool, **arguments: Any) -> None:
+def command(ctx: click.Context, /, as_json: bool, out: Path, device_url: str, dry_run: bool, **arguments: Any) -> None:
     """Make a bundle for one or more targets.
 
     MODEL is a Hugging Face directory, a .gguf file, a hub id (org/name[@revision]) or
@@ -63,9 +63,8 @@ def command(ctx: click.Context, as_json: bool, out: Path, device_url: str, dry_r
         if not gate.passed
     ]
     if failed:
-        raise GateFailed(
-            "every gate of the recipe kept", "; ".join(failed), "open the report, or choose another recipe"
-        )
+        advice = "open the report, or choose another recipe"
+        raise GateFailed("every gate of the recipe kept", "; ".join(failed), advice, documented=True)
 
 
 def _describe(plan: Plan, result: Delivered) -> dict[str, Any]:

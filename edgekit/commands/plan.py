@@ -29,7 +29,7 @@ def command(as_json: bool, **arguments: Any) -> None:
         for plan in plans:
             show(plan, store, Console())
     for plan in plans:
-        check_fit(plan)
+        check_fit(plan, documented=as_json)
 
 
 def describe(plan: Plan, store: Store) -> dict[str, Any]:

@@ -50,8 +50,7 @@ def show(name: str, as_json: bool) -> None:
         for field, value in params.model_dump(mode="json").items():
             meaning = type(params).model_fields[field].description or ""
             console.print(f"    {field}: {json.dumps(value)}  [dim]{meaning}[/]")
-    console.print(
-        f"\nevaluated on {recipe.evaluation.windows} x {recipe.evaluation.window_tokens} tokens of {recipe.evaluation.text}"
-    )
+    text = recipe.evaluation
+    console.print(f"\nevaluated on {text.windows} x {text.window_tokens} tokens of {text.text}")
     for gate in recipe.gates:
         console.print(f"gate: {json.dumps(gate.model_dump(exclude_none=True))}")

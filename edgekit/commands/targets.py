@@ -18,7 +18,7 @@ GIB = 1 << 30
 LABEL_WIDTH, VALUE_WIDTH = 18, 13
 
 
-@click.group()
+@click.group(short_help="List and show hardware targets.")
 def targets() -> None:
     """List and show the devices that edgekit knows."""
 

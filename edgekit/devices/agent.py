@@ -1,7 +1,8 @@
 """What runs on a device: `python -m edgekit.devices.agent JOB.json RESULT.jsonl [--end-with-stdin]`.
 
-With the flag it ends when its standard input does: whoever holds the other end has gone. It appends one JSON object a line, each with a `type`: `build`, `measurement`, `divergence_per_window`, `error`, and
-last `done`. Nothing but the engine, numpy, pydantic and psutil is imported.
+It appends one JSON object a line, each with a `type`: `build`, `measurement`, `divergence_per_window`, `error`, and
+last `done`. With the flag it ends when its standard input does: whoever held the other end is gone. Nothing but the
+engine, numpy, pydantic and psutil is imported.
 """
 
 from __future__ import annotations

@@ -147,6 +147,10 @@ class Vocabulary:
         self.offloaded_layers = told[0] if told else 0
         """Layers that llama.cpp says it put on an accelerator."""
         self._vocab: Any = self._api.llama_model_get_vocab(self._model)
+        if self._api.llama_vocab_type(self._vocab) == self._api.LLAMA_VOCAB_TYPE_NONE:
+            # llama.cpp aborts the process when such a vocabulary is asked for anything
+            self.close()
+            raise InputError(f"a tokenizer in {path}", "none", "convert the model with its tokenizer")
         self._size: int = self._api.llama_vocab_n_tokens(self._vocab)
 
     @property
@@ -256,8 +260,8 @@ class LlamaCpp(Vocabulary):
         api = _library()
         _check_options(options, api.llama_max_parallel_sequences())
         self._accelerate: bool = options.accelerate and api.llama_supports_gpu_offload()
-        super().__init__(path, n_gpu_layers=-1 if self._accelerate else 0)
         self._ctx: Any = None
+        super().__init__(path, n_gpu_layers=-1 if self._accelerate else 0)
         try:
             self._open_context(options)
         except BaseException:

@@ -40,7 +40,7 @@ _NEEDS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "Q2
 class Params(StageParams):
     """Parameters of `gguf`."""
 
-    type: str = Field("Q4_K_M", json_schema_extra={"enum": sorted(FILE_TYPES)})
+    type: str = Field("Q4_K_M", json_schema_extra={"enum": [*sorted(FILE_TYPES)]})
     """File type: llama.cpp's mix of tensor types."""
     tensor_types: dict[str, str] = Field(default_factory=dict)
     """Types of single tensors: regular expression on the GGUF name -> tensor type, e.g. `ffn_down: q6_K`."""

@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint types docs bench clean
+
+help: ## List what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+# torch comes first and pinned, so that no other package pulls a build with gigabytes of CUDA
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]' --group dev
+	@touch $@
+
+demo: $(READY) ## Set up, then build the built-in model for a Jetson
+	$(BIN)/edgekit build --target jetson --out dist
+
+test: $(READY) ## Set up, then run every test
+	$(BIN)/python -m pytest
+
+test-fast: $(READY) ## Run the tests that take seconds
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(READY) ## Check style
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(READY) ## Check types
+	$(BIN)/mypy
+
+docs: $(READY) ## Generate the reference pages and schemas in docs/
+	$(BIN)/python docs/generate.py
+
+bench: $(READY) ## Run every benchmark; each prints a table, then one JSON line
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+clean: ## Remove the environment and what was built
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,81 @@
+"""`edgekit validate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from edgekit.artifact import CorruptArtifact
+from edgekit.bundle import Bundle, open_bundle
+from edgekit.devices import DivergenceJob, Job, LatencyJob, Measures, open_device
+from edgekit.engine import EngineOptions
+from edgekit.errors import GateFailed
+from edgekit.gates import check_gates
+from edgekit.recipe import Gate
+from edgekit.report.figures import shown
+from edgekit.store import Store
+
+
+@click.command(name="validate", short_help="Check a bundle's files and measure it again.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--device", "device_url", default="local", show_default=True, help="Where to measure.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+def command(bundle: Path, device_url: str, as_json: bool) -> None:
+    """Check a bundle's files and measure it again.
+
+    Every file is compared with the manifest, then latency and memory are measured. Accuracy is measured, too, and
+    the recipe's gates are checked, where the store still has the source model's log-probabilities.
+    """
+    device = open_device(device_url)
+    opened = open_bundle(bundle)
+    opened.verify()
+    settings = opened.manifest.settings
+    reference = _reference(opened, Store.default())
+    job = Job(
+        engine=settings.engine,
+        model=str(opened.model),
+        options=EngineOptions(context_tokens=settings.context_tokens, kv_type=settings.kv_type),
+        measure=Measures(
+            latency=LatencyJob(), divergence=DivergenceJob(reference=str(reference)) if reference else None
+        ),
+    )
+    result = device.run(job)
+    gates = [gate for fields in opened.manifest.recipe["gates"] if (gate := Gate.model_validate(fields)).of == "bundle"]
+    checked = check_gates(gates, result.measurements) if reference else ()
+    document: dict[str, Any] = {
+        "bundle": str(bundle),
+        "files": len(opened.manifest.files) + len(opened.manifest.measurements),
+        "device": result.device,
+        "measurements": [m.model_dump(mode="json") for m in result.measurements],
+        "gates": [gate.model_dump(mode="json") for gate in checked],
+    }
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+    else:
+        console = Console(highlight=False)
+        console.print(f"{document['files']} files are what the manifest says; measured on {result.device}")
+        table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
+        for measurement in result.measurements:
+            table.add_row(measurement.name, shown(measurement).text)
+        console.print(table)
+        if not reference:
+            console.print("accuracy: not measured, the store no longer has the source model's log-probabilities")
+    failed = [f"{gate.bound}, found {gate.value:g}" for gate in checked if not gate.passed]
+    if failed:
+        raise GateFailed("every gate of the recipe kept", "; ".join(failed), "open the report", documented=True)
+
+
+def _reference(bundle: Bundle, store: Store) -> Path | None:
+    key = next((step["key"] for step in bundle.manifest.steps if step["stage"] == "reference"), "")
+    record = store.lookup(key)
+    if record is None or not store.has(record.digest):
+        return None
+    try:
+        return store.open(record.digest).path
+    except CorruptArtifact:
+        return None

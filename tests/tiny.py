@@ -1,0 +1,101 @@
+"""Tiny models made from scratch: every architecture of llama.cpp's kind in a fraction of a second, nothing downloaded.
+
+The tokenizer is a SentencePiece model with byte fallback, which represents any text. llama.cpp's converter takes
+such a file as it is, while it knows byte-level BPE tokenizers only by the hash of what they make of one text.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+TEXT = """\
+A bundle holds the model, its tokenizer and its settings, and a manifest that names every file of it.
+The planner reads the header of a checkpoint and says what the result will weigh before anything is computed.
+The quick brown fox jumps over the lazy dog while seven wise owls count the stars above the river.
+When a measurement lies outside its bound, the gate fails and the report says by how much.
+The store keeps the result of every step under a key made of its inputs, its parameters and its tools.
+A device with little memory wants a small type; a device with little bandwidth wants one even more.
+If a file was damaged, the step that made it runs again, and nobody has to remember anything.
+Numbers such as 1234567890 and 3.14159 are text, too, and so is def add(a, b): return a + b.
+"""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+VOCABULARY = 384
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3")
+
+
+def write_checkpoint(
+    directory: Path,
+    kind: str = "llama",
+    *,
+    hidden: int = 256,
+    tied: bool = False,
+    shard_bytes: int | None = None,
+    dtype: str = "float16",
+) -> Path:
+    """Write a random model of two layers in Hugging Face layout; equal arguments give equal bytes."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.for_model(
+        kind,
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=hidden // 4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=tied,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(20240607)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms of ones and biases of zeros would hide that they are left out
+                torch.nn.init.uniform_(parameter, *((-0.1, 0.1) if name.endswith("bias") else (0.8, 1.2)))
+    model = model.to(getattr(torch, dtype))
+    sharding = {} if shard_bytes is None else {"max_shard_size": shard_bytes}
+    model.save_pretrained(directory, **sharding)
+    write_tokenizer(directory)
+    return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Train the tokenizer on `TEXT` and write it in both forms, with a chat template."""
+    import sentencepiece
+    import transformers
+
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()),
+        model_writer=stream,
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (directory / "tokenizer.model").write_bytes(stream.getvalue())
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(directory, legacy=False, add_bos_token=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory)
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text())
+    content.update(changes)
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
