@@ -62,7 +62,14 @@ def test_every_command_and_option_has_help(path, command):
 
 
 def test_help_imports_nothing_heavy():
-    code = "import sys\nfrom edgekit.cli import cli\ntry:\n    cli(['--help'])\nexcept SystemExit: pass\nprint(sorted(sys.modules), file=sys.stderr)"
+    code = """
+import sys
+from edgekit.cli import cli
+try:
+    cli(['--help'])
+except SystemExit:
+    print(sorted(sys.modules), file=sys.stderr)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "build" in done.stdout
     assert [name for name in HEAVY if f"'{name}'" in done.stderr] == []
@@ -85,7 +92,8 @@ def test_help_imports_nothing_heavy():
     ],
 )
 def test_the_half_that_runs_on_a_device_imports_no_build_library(module):
-    code = f"import sys, edgekit.{module}\nprint([m for m in ('torch', 'transformers', 'gguf', 'llama_cpp') if m in sys.modules])"
+    build = ("torch", "transformers", "gguf", "llama_cpp")
+    code = f"import sys, edgekit.{module}\nprint([name for name in {build} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

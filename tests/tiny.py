@@ -53,7 +53,7 @@ def write_checkpoint(
         head_dim=hidden // 4,
         max_position_embeddings=1024,
         tie_word_embeddings=tied,
-        initializer_range=0.1,
+        initializer_range=0.08,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
