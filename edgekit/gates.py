@@ -20,23 +20,19 @@ def check_gates(gates: Sequence[Gate], measurements: Sequence[Measurement]) -> t
 
 
 def _check(gate: Gate, measurements: Sequence[Measurement]) -> GateResult:
-    measured = _find(gate.measure, gate.of, measurements)
-    upper = gate.max if gate.max is not None else gate.max_ratio
-    lower = gate.min if gate.min is not None else gate.min_ratio
-    scale, suffix = 1.0, ""
-    if gate.max_ratio is not None or gate.min_ratio is not None:
-        scale = _find(f"source_{gate.measure}", gate.of, measurements).value
-        suffix = " x the source model's"
+    relative = gate.max_ratio is not None or gate.min_ratio is not None
+    measured = _ratio(gate, measurements) if relative else _find(gate.measure, gate.of, measurements)
+    upper = gate.max_ratio if relative else gate.max
+    lower = gate.min_ratio if relative else gate.min
     values = [measured.value]
     if measured.ci_low is not None and measured.ci_high is not None:
         values += [measured.ci_low, measured.ci_high]
+    name = f"{gate.measure} / the source's" if relative else gate.measure
     if upper is not None:
-        kept = [value <= upper * scale for value in values]
-        bound = f"{gate.measure} <= {upper:g}{suffix}"
+        kept, bound = [value <= upper for value in values], f"{name} <= {upper:g}"
     else:
         assert lower is not None
-        kept = [value >= lower * scale for value in values]
-        bound = f"{gate.measure} >= {lower:g}{suffix}"
+        kept, bound = [value >= lower for value in values], f"{name} >= {lower:g}"
     return GateResult(
         name=gate.measure,
         bound=bound,
@@ -46,6 +42,15 @@ def _check(gate: Gate, measurements: Sequence[Measurement]) -> GateResult:
         kind=measured.kind,
         of=gate.of,
     )
+
+
+def _ratio(gate: Gate, measurements: Sequence[Measurement]) -> Measurement:
+    """The measured ratio with its paired interval where there is one, else the quotient of the two values."""
+    name = f"{gate.measure}_ratio"
+    if any(m.name == name and m.of == gate.of for m in measurements):
+        return _find(name, gate.of, measurements)
+    ours, base = (_find(n, gate.of, measurements) for n in (gate.measure, f"source_{gate.measure}"))
+    return ours.model_copy(update={"value": ours.value / base.value, "ci_low": None, "ci_high": None})
 
 
 def _find(name: str, of: str, measurements: Sequence[Measurement]) -> Measurement:

@@ -13,7 +13,11 @@ from edgekit.config import Strict
 
 
 class Measurement(Strict):
-    """A value with unit, sample count and 95% interval; `predicted` is never shown as `measured`."""
+    """A value with unit and sample count; `predicted` is never shown as `measured`.
+
+    The interval is a 95% confidence interval where the value was measured, and the range to expect where it was
+    predicted.
+    """
 
     name: str
     """What was measured, with its unit as suffix where it has one, e.g. `load_s`."""
@@ -28,7 +32,7 @@ class Measurement(Strict):
     device: str | None = None
     """Fingerprint of the machine it was measured on, or the target it is predicted for."""
     of: str = "bundle"
-    """The step or artifact it describes: `bundle`, `source`, or a stage's name."""
+    """What it describes: `bundle`, `import`, or the name of the stage whose output it is."""
     note: str | None = None
 
     @model_validator(mode="after")

@@ -497,7 +497,11 @@ def test_pick_prefers_the_bundle_for_each_kind():
     ]
     only_steps = report.model_copy(update={"measurements": report.measurements[:1]})
     assert [m.of for m in pick(only_steps, "weight_bytes")] == ["convert"]
-    assert pick(report, "source_perplexity") == []
+    (source,) = pick(report, "source_perplexity")
+    on_the_way = source.model_copy(update={"of": "import", "value": 99.0})
+    ours = source.model_copy(update={"of": "bundle"})
+    mixed = report.model_copy(update={"measurements": (on_the_way, ours)})
+    assert pick(mixed, "source_perplexity") == [ours]
 
 
 def test_key_figures_put_host_and_target_side_by_side():

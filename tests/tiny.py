@@ -26,7 +26,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 VOCABULARY = 384
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "phi3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 
 def write_checkpoint(
@@ -52,11 +52,13 @@ def write_checkpoint(
         num_key_value_heads=2,
         head_dim=hidden // 4,
         max_position_embeddings=1024,
-        tie_word_embeddings=tied,
+        tie_word_embeddings=tied or kind.startswith("gemma"),
         initializer_range=0.08,
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
+        # what gemma's published models have, and all that llama.cpp knows
+        **({"query_pre_attn_scalar": hidden // 4} if kind.startswith("gemma") else {}),
     )
     with torch.random.fork_rng():
         torch.manual_seed(20240607)
@@ -92,6 +94,8 @@ def write_tokenizer(directory: Path) -> None:
     tokenizer = transformers.LlamaTokenizer.from_pretrained(directory, legacy=False, add_bos_token=True)
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(directory)
+    # the plain class takes tokenizer.json as it is; others replace parts of it by what the architecture usually has
+    edit_json(directory / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
 
 def edit_json(path: Path, **changes: Any) -> None:

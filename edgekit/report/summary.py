@@ -60,7 +60,8 @@ class Reading:
     def basis(self) -> str:
         """Sample count and meaning of the interval, e.g. `n = 64, 95% interval`; empty where neither is known."""
         parts = [f"n = {self.n:,}"] if self.n is not None else []
-        return ", ".join([*parts, "95% interval"] if self.shown.interval else parts)
+        interval = "95% interval" if self.kind == "measured" else "expected range"
+        return ", ".join([*parts, interval] if self.shown.interval else parts)
 
 
 def read(report: Report, measurement: Measurement) -> Reading:
@@ -115,24 +116,14 @@ def recipe_name(report: Report) -> str:
 def pick(report: Report, name: str) -> list[Measurement]:
     """The measurements that answer for the bundle: measured first, then predicted.
 
-    For each kind, those `of` the bundle; else those of the last step that has one. The source's own never count.
+    For each kind, those `of` the bundle; else those of the last step that has one.
     """
     picked: list[Measurement] = []
     for kind in ("measured", "predicted"):
-        found = [m for m in report.measurements if (m.name, m.kind) == (name, kind) and m.of != "source"]
+        found = [m for m in report.measurements if (m.name, m.kind) == (name, kind)]
         of = "bundle" if any(m.of == "bundle" for m in found) else found[-1].of if found else ""
         picked += [m for m in found if m.of == of]
     return picked
-
-
-def source_value(report: Report, name: str) -> Measurement | None:
-    """A figure of the source model itself."""
-    return next((m for m in report.measurements if m.name == name and m.of == "source"), None)
-
-
-def _source_perplexity(report: Report) -> Measurement | None:
-    recorded = (m for m in report.measurements if m.name == "source_perplexity")
-    return next(recorded, source_value(report, "perplexity"))
 
 
 @dataclass(frozen=True)
@@ -161,7 +152,7 @@ def key_figures(report: Report) -> list[KeyFigure]:
 
     bundled = first("bundle_bytes")
     weights = [("weights", first("weight_bytes") if bundled else None)]
-    perplexity = [("source", _source_perplexity(report)), ("relative", first("perplexity_ratio"))]
+    perplexity = [("source", first("source_perplexity")), ("relative", first("perplexity_ratio"))]
     spread = [("median", first("kl_divergence_median_nats")), ("99th percentile", first("kl_divergence_p99_nats"))]
     memory = memory_on_target(report)
     usable = f"usable on the target {bytes_text(memory.usable_bytes)}" if memory and memory.usable_bytes else ""
@@ -188,7 +179,7 @@ def sentence(report: Report) -> str:
         add(m, "takes", "take", shown(m).plain + (" of weights" if m.name == "weight_bytes" else ""))
     for m in pick(report, "top1_agreement")[:1]:
         add(m, "keeps", "keep", f"the source's first choice of token {shown(m).plain} of the time")
-    source = _source_perplexity(report)
+    source = next(iter(pick(report, "source_perplexity")), None)
     against = f" against the source's {shown(source).plain}" if source else ""
     for m in pick(report, "perplexity")[:1]:
         add(m, "has", "have", f"a perplexity of {shown(m).plain}{against}")
