@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 from edgekit.artifact import Artifact, CorruptArtifact
 from edgekit.errors import ToolError
@@ -16,8 +16,8 @@ from edgekit.store import Produced, Record, Store
 from edgekit.tools import require
 
 
-class BuildEvents(Protocol):
-    """What a build tells while it runs. Implementations show it; the base class keeps silent."""
+class BuildEvents:
+    """What a build tells while it runs. This class keeps silent; one that shows something extends it."""
 
     def started(self, stage: str, position: int, steps: int) -> None:
         """A step begins to execute."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
+import psutil
 from pydantic import ValidationError
 
 import edgekit
 from edgekit.artifact import CorruptArtifact, FileEntry, canonical_sha256, describe_files, file_sha256, relative_files
 from edgekit.build import Built
 from edgekit.config import Strict
-from edgekit.errors import InputError
+from edgekit.errors import InputError, ToolError
 from edgekit.plan import Plan
 from edgekit.report import Report
 from edgekit.report.write import write_report
@@ -98,19 +100,34 @@ def open_bundle(path: Path) -> Bundle:
     return Bundle(path, manifest)
 
 
-def stage_bundle(plan: Plan, built: Built, out: Path) -> Path:
-    """Write the bundle without its report next to its final place; returns the temporary directory.
+def check_place(final: Path) -> None:
+    """Check, before hours are spent, that a bundle can be put there; clean up after killed builds.
 
-    Raises InputError when the final place holds something that is not a bundle.
+    Raises InputError when the place holds something that is not a bundle, ToolError when it is not writable.
     """
-    final = out / plan.target.name
     if final.exists() and not (final / MANIFEST).is_file() and any(final.iterdir() if final.is_dir() else [final]):
         raise InputError(
             f"a bundle or nothing at {final}", "something else, which is left alone", "choose another --out"
         )
-    with explain_disk(out):
-        work = out / f".{plan.target.name}.part-{os.getpid()}"
-        shutil.rmtree(work, ignore_errors=True)
+    place = next(parent for parent in final.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        found = "no permission to write" if place.is_dir() else "a file"
+        raise ToolError(f"a writable directory at {place}", found, "choose another --out")
+    for left in final.parent.glob(f".{final.name}.*-*"):
+        if psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            continue
+        if left.name.startswith(f".{final.name}.old-") and not final.exists():
+            left.rename(final)
+        else:
+            discard(left)
+
+
+def stage_bundle(plan: Plan, built: Built, out: Path) -> Path:
+    """Write the bundle without its report next to its final place; returns the temporary directory."""
+    work = out / f".{plan.target.name}.part-{os.getpid()}"
+    discard(work)
+    with explain_disk(out), contextlib.ExitStack() as stack:
+        stack.callback(discard, work)
         work.mkdir(parents=True)
         copy_file(built.result.path / MODEL_FILE, work / MODEL_FILE)
         names = {p.name for pattern in _TOKENIZER_FILES for p in built.checkpoint.path.glob(pattern)}
@@ -118,6 +135,7 @@ def stage_bundle(plan: Plan, built: Built, out: Path) -> Path:
             copy_file(built.checkpoint.path / name, work / "tokenizer" / name)
         (work / "settings.json").write_text(settings_of(plan).model_dump_json(indent=2) + "\n")
         (work / "README.md").write_text(_readme(plan, built))
+        stack.pop_all()
     return work
 
 

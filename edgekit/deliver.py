@@ -10,7 +10,7 @@ from pathlib import Path
 import edgekit
 from edgekit.artifact import Artifact
 from edgekit.build import BuildEvents, Built, build
-from edgekit.bundle import MODEL_FILE, Bundle, discard, finish_bundle, model_summary, stage_bundle
+from edgekit.bundle import MODEL_FILE, Bundle, check_place, discard, finish_bundle, model_summary, stage_bundle
 from edgekit.devices import Device, Fingerprint, Job, JobResult, LatencyJob, Measures
 from edgekit.engine import EngineOptions
 from edgekit.formats import gguf
@@ -43,23 +43,26 @@ def deliver(
 
     Raises the EdgekitError of whatever stopped it; then `out` is as it was before.
     """
-    built = build(plan, store, events, verified)
-    work = stage_bundle(plan, built, out)
-    try:
-        events.started("measure", len(plan.steps) + 1, len(plan.steps) + 1)
-        job = Job(
-            engine=plan.recipe.engine,
-            model=str(work / MODEL_FILE),
-            options=EngineOptions(context_tokens=plan.context_tokens, kv_type=plan.kv_type),
-            measure=Measures(latency=LatencyJob()),
-        )
-        result = device.run(job, progress=lambda name: events.progressed(0, None, name))
-        report = make_report(plan, built, device.fingerprint(), result)
-        bundle = finish_bundle(plan, built, report, work, out)
-    except BaseException:
-        discard(work)
-        raise
-    store.keep(bundle.path, list(built.digests))
+    check_place(out / plan.target.name)
+    # held to the end: until the bundle is a root, a collection could take what it copies
+    with store.shared():
+        built = build(plan, store, events, verified)
+        work = stage_bundle(plan, built, out)
+        try:
+            events.started("measure", len(plan.steps) + 1, len(plan.steps) + 1)
+            job = Job(
+                engine=plan.recipe.engine,
+                model=str(work / MODEL_FILE),
+                options=EngineOptions(context_tokens=plan.context_tokens, kv_type=plan.kv_type),
+                measure=Measures(latency=LatencyJob()),
+            )
+            result = device.run(job, progress=lambda name: events.progressed(0, None, name))
+            report = make_report(plan, built, device.fingerprint(), result)
+            bundle = finish_bundle(plan, built, report, work, out)
+        except BaseException:
+            discard(work)
+            raise
+        store.keep(bundle.path, list(built.digests))
     return Delivered(bundle, report)
 
 
@@ -119,6 +122,11 @@ def _notes(plan: Plan, device: Fingerprint, here: bool) -> list[str]:
         notes.append(
             f"Latency and memory on {plan.target.title} are predicted. Accuracy, and the latency shown as measured, "
             f"were measured on another machine ({device.text}) with the same engine, {plan.recipe.engine}."
+        )
+    if plan.source.artifact.facts["quantized"]:
+        notes.append(
+            "The source's weights are quantized already. They lie on a grid that types of the same block size hit "
+            "again, so the losses shown here are smaller than the same recipe would have on full-precision weights."
         )
     if plan.recipe.evaluation.text in ("python-docs", "python-code"):
         notes.append(

@@ -45,7 +45,7 @@ class Source:
     """A resolved model: its files with their digests, and where they came from, which is in no digest."""
 
     artifact: Artifact
-    """Of kind `source`; facts: format, name, architecture, licence, remote_code."""
+    """Of kind `source`; facts: format, name, architecture, licence, remote_code, quantized."""
     uri: str
     revision: str | None = None
 
@@ -166,6 +166,7 @@ def _gguf_source(path: Path) -> Artifact:
         "architecture": header.architecture,
         "licence": str(header.metadata.get("general.license", "unknown")),
         "remote_code": False,
+        "quantized": any(tensor.type not in ("f32", "f16", "bf16") for tensor in header.tensors),
     }
     files = describe_files(path.parent, [path.name])
     return Artifact(path.parent, Manifest(kind="source", files=files, facts=facts))
@@ -187,6 +188,7 @@ def _directory_source(path: Path) -> Artifact:
         "architecture": ARCHITECTURES[architectures[0]],
         "licence": _card_licence(path),
         "remote_code": "auto_map" in config,
+        "quantized": "quantization_config" in config,
     }
     return Artifact(path, Manifest(kind="source", files=describe_files(path, sorted({*names, *shards})), facts=facts))
 

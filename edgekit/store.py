@@ -116,7 +116,7 @@ class Store:
         Another process that executes the same key is waited for, and its result is taken. Returns the
         artifact, its record, and whether it was executed here. Raises ToolError when the disk is full.
         """
-        with self._guard_disk(), self.shared(), self._lock(key):
+        with self.shared(), self._lock(key):
             record = self.lookup(key)
             if record is not None:
                 with contextlib.suppress(CorruptArtifact):
@@ -146,7 +146,7 @@ class Store:
 
     def keep(self, bundle: Path, digests: list[str]) -> None:
         """Register a bundle: as long as its directory exists, `collect` keeps these objects."""
-        with self._guard_disk():
+        with self.shared():
             name = canonical_sha256(str(bundle.absolute()))
             self._write(self.root / "roots" / f"{name}.json", {"bundle": str(bundle.absolute()), "keep": digests})
 
@@ -176,10 +176,9 @@ class Store:
         with self._guard_disk(), self._exclusive():
             kept: set[str] = set()
             for path in self._children("roots"):
-                root = read_json(path)
-                if not everything and Path(root["bundle"]).is_dir():
-                    kept.update(root["keep"])
-                elif not dry_run:
+                keep = () if everything else _kept_by(path)
+                kept.update(keep)
+                if not keep and not dry_run:
                     path.unlink()
             doomed = [path for path in self._children("objects") if path.name not in kept]
             size = sum(f.stat().st_size for path in doomed for f in path.rglob("*") if f.is_file())
@@ -190,6 +189,8 @@ class Store:
                     record = self.lookup(path.stem)
                     if record is None or not self.has(record.digest):
                         path.unlink()
+                for path in [*self.root.glob("steps/.*"), *self.root.glob("roots/.*")]:
+                    path.unlink()
             return Collected(tuple(path.name for path in doomed), size)
 
     def tool(self, name: str, sha256: str, fetch: Callable[[Path], None]) -> Path:
@@ -197,7 +198,7 @@ class Store:
 
         The directory's content is hashed when it is made, and compared on every use.
         """
-        with self._guard_disk(), self.shared(), self._lock(f"tool-{name}-{sha256}"):
+        with self.shared(), self._lock(f"tool-{name}-{sha256}"):
             final = self._tool_path(name, sha256)
             with contextlib.suppress(CorruptArtifact):
                 artifact = open_artifact(final)
@@ -230,7 +231,7 @@ class Store:
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
         """Hold the store against `collect`; builds share it."""
-        with self._flock("store", fcntl.LOCK_SH):
+        with self._guard_disk(), self._flock("store", fcntl.LOCK_SH):
             yield
 
     @contextlib.contextmanager
@@ -302,6 +303,15 @@ class Store:
     def _guard_disk(self) -> Iterator[None]:
         with explain_disk(self.root):
             yield
+
+
+def _kept_by(root: Path) -> tuple[str, ...]:
+    """Digests that a root keeps: none once its bundle is gone, nor when it cannot be read."""
+    with contextlib.suppress(ToolError, KeyError, TypeError):
+        fields = read_json(root)
+        if Path(fields["bundle"]).is_dir():
+            return tuple(fields["keep"])
+    return ()
 
 
 @contextlib.contextmanager

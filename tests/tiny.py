@@ -6,10 +6,22 @@ such a file as it is, while it knows byte-level BPE tokenizers only by the hash 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+from edgekit.build import BuildEvents, Built, build
+from edgekit.cli import main
+from edgekit.model import resolve_model
+from edgekit.plan import Plan, make_plan
+from edgekit.recipe import find_recipe, parse_overrides
+from edgekit.store import Store
+from edgekit.target import find_target
 
 TEXT = """\
 A bundle holds the model, its tokenizer and its settings, and a manifest that names every file of it.
@@ -26,7 +38,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 VOCABULARY = 384
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+SMALL = ("evaluation.windows=4", "evaluation.window_tokens=128", "imatrix.windows=4", "imatrix.window_tokens=128")
+"""Settings for short texts."""
+QUICK = tuple(part for setting in SMALL for part in ("--set", setting))
+ARCHITECTURES = ("llama", "llama-biases", "mistral", "qwen3", "gemma2", "gemma3_text")
 
 
 def write_checkpoint(
@@ -42,8 +57,11 @@ def write_checkpoint(
     import torch
     import transformers
 
+    more: dict[str, Any] = {"attention_bias": True} if kind == "llama-biases" else {}
+    if kind.startswith("gemma"):  # what its published models have, and all that llama.cpp knows
+        more |= {"query_pre_attn_scalar": hidden // 4}
     config = transformers.AutoConfig.for_model(
-        kind,
+        kind.removesuffix("-biases"),
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -57,8 +75,7 @@ def write_checkpoint(
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=None,
-        # what gemma's published models have, and all that llama.cpp knows
-        **({"query_pre_attn_scalar": hidden // 4} if kind.startswith("gemma") else {}),
+        **more,
     )
     with torch.random.fork_rng():
         torch.manual_seed(20240607)
@@ -103,3 +120,51 @@ def edit_json(path: Path, **changes: Any) -> None:
     content = json.loads(path.read_text())
     content.update(changes)
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+class Silent(BuildEvents):
+    """Says nothing."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command printed and how it ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+def edgekit(*arguments: str | Path) -> Result:
+    """Run the command line in this process, exactly as `edgekit ARGUMENTS` would."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(sys, "argv", ["edgekit", *map(str, arguments)]),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def plan_of(model: Path, recipe: str = "gguf-q4", *settings: str, target: str = "jetson", small: bool = True) -> Plan:
+    """Plan a build of a tiny model."""
+    overrides = parse_overrides(settings)
+    chosen = find_recipe(recipe, overrides)
+    names = {stage.name for stage, _ in chosen.stages} | {"evaluation"}
+    quick = tuple(setting for setting in SMALL if small and setting.partition(".")[0] in names)
+    chosen = find_recipe(recipe, {**parse_overrides(quick), **overrides})
+    return make_plan(resolve_model(str(model)), chosen, find_target(target))
+
+
+def build_in(store: Store, plan: Plan) -> Built:
+    """Build without a bundle."""
+    return build(plan, store, Silent())

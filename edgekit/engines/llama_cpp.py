@@ -24,6 +24,7 @@ DISTRIBUTION = "llama-cpp-python"
 
 KV_TYPES = {"f16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0", "q4_0": "GGML_TYPE_Q4_0"}
 _ERROR_LEVEL, _CONTINUED = 4, 5  # enum ggml_log_level: 0 none, 1 debug, 2 info, 3 warn, 4 error, 5 continuation
+_MAX_CELLS = 1 << 27  # llama.cpp keeps a table of all cells, some 50 bytes each
 _UBATCH_TOKENS = 512  # llama.cpp's default of what it computes at once; more only costs memory
 
 
@@ -342,7 +343,11 @@ class LlamaCpp(Vocabulary):
         return sequence
 
     def fork(self, sequence: int) -> int:
-        """Return a new sequence with the same past, sharing its cells. Raises InputError where the model cannot."""
+        """Return a new sequence with the same past, sharing its cells. Raises InputError where the model cannot.
+
+        Both continue bit for bit alike while their own cells lie in order. Once a released sequence's cells are
+        used again, attention sums in another order, and logits agree only up to rounding.
+        """
         self._check_open()
         length = self.length(sequence)
         self._require(self._capabilities.fork, "fork")
@@ -542,6 +547,10 @@ def _check_options(options: EngineOptions, max_sequences: int) -> None:
             raise InputError(f"{name} of at least 1", str(value), f"raise {name}")
     if options.sequences > max_sequences:
         raise InputError(f"at most {max_sequences} sequences", str(options.sequences), "lower sequences")
+    cells = options.context_tokens * options.sequences
+    if cells > _MAX_CELLS:
+        wanted = f"at most {_MAX_CELLS} tokens in the contexts of all sequences"
+        raise InputError(wanted, str(cells), "use a shorter context or fewer sequences")
     if options.kv_type not in KV_TYPES:
         found = f"{options.kv_type!r}{suggest(options.kv_type, KV_TYPES)}"
         raise InputError("a kv_type", found, f"use one of {', '.join(KV_TYPES)}")

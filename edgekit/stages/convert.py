@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,10 +32,9 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Convert the checkpoint to GGUF without quantizing it."""
     directory = converter_directory(ctx.store)
     target = out / FILE_NAME
-    command = [sys.executable, str(directory / "convert_hf_to_gguf.py"), str(model.path)]
-    command += ["--outtype", params.type, "--outfile", str(target), "--model-name", str(model.facts["name"])]
+    arguments = ["--outtype", params.type, "--outfile", str(target), "--model-name", str(model.facts["name"])]
     if model.facts.get("trust_remote_code"):
-        command.append("--trust-remote-code")
+        arguments.append("--trust-remote-code")
     # bytecode would change the fetched tool's directory
     environment = {
         **os.environ,
@@ -42,7 +42,12 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        # the converter reads metadata out of the directory's name, which is a digest here
+        named = Path(scratch) / "model"
+        named.symlink_to(model.path.absolute())
+        command = [sys.executable, str(directory / "convert_hf_to_gguf.py"), str(named), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0 or not target.is_file():
         errors = [line for line in done.stderr.splitlines() if line.strip() and "it/s" not in line]
         raise ToolError(

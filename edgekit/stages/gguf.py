@@ -34,8 +34,6 @@ FILE_TYPES = {
 }  # fmt: skip
 """llama.cpp's file types (`enum llama_ftype` in llama.h) that its quantizer writes."""
 
-_NEEDS_IMATRIX = {"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "Q2_K_S"}
-
 
 class Params(StageParams):
     """Parameters of `gguf`."""
@@ -92,10 +90,6 @@ class Decision:
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Quantize the weights, under the importance matrix where there is one."""
     imatrix = read_imatrix(ctx.side["imatrix"].path / IMATRIX_FILE) if "imatrix" in ctx.side else None
-    if imatrix is None and params.type in _NEEDS_IMATRIX:
-        raise InputError(
-            f"an importance matrix for {params.type}", "none in the recipe", "add `- imatrix:` before `- gguf:`"
-        )
     source, target = model.path / FILE_NAME, out / FILE_NAME
     decision = quantize(source, target, params, imatrix, on_tensor=lambda i, n: ctx.progress(i, n, "tensors"))
     header = gguf.read_header(target)
@@ -135,7 +129,11 @@ def quantize(
     dry_run: bool = False,
     on_tensor: Callable[[int, int], None] = lambda index, total: None,
 ) -> Decision:
-    """Run `llama_model_quantize` from `source` to `target`. Raises ToolError with llama.cpp's last error."""
+    """Run `llama_model_quantize` from `source` to `target`.
+
+    Raises InputError when the types need an importance matrix and there is none (also in a dry run), and ToolError
+    with llama.cpp's last error.
+    """
     from llama_cpp import llama_cpp as api
 
     identities = {t.name: identity for identity, t in gguf.GGML_TYPES.items()}
@@ -163,6 +161,10 @@ def quantize(
 
     with collect_log(on_line) as log:
         status = api.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings))
+    if imatrix is None and any(_NEEDS_IMATRIX in line for line in log):
+        raise InputError(
+            f"an importance matrix for {params.type}", "none in the recipe", "add `- imatrix:` before `- gguf:`"
+        )
     if status != 0:
         raise ToolError(
             f"{params.type} from llama.cpp's quantizer", _last_error(log), "choose another type with --set gguf.type="
@@ -170,6 +172,8 @@ def quantize(
     return _read_decision(log)
 
 
+_NEEDS_IMATRIX = "an imatrix!"
+"""Ends what llama.cpp says when a tensor's type needs a matrix; which types do depends on the tensor."""
 _TENSOR_LINE = re.compile(r"\[ *(\d+)/ *(\d+)\] +(\S+) +- \[.*?\], type = +(\w+), (.*)")
 _FALLBACK_LINE = re.compile(r"warning: (\S+) +- ncols .*required for type +(\w+)\).* falling back to +(\w+)")
 

@@ -53,7 +53,13 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
             lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
             tokenizer.bos_token_id if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None,
         )
-    linears = {name: layer for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)}
+    # llama.cpp leaves the head out, too: its matrix is often the embedding, which has no inputs of this kind
+    head = network.get_output_embeddings()
+    linears = {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, torch.nn.Linear) and layer is not head
+    }
     names = gguf_names(model.facts["architecture"], model.facts["layers"], [f"{name}.weight" for name in linears])
     sums: dict[str, Any] = {}
 
@@ -64,11 +70,10 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
 
         return hook
 
-    # llama.cpp leaves the head out, too: its matrix is often the embedding, which has no inputs of this kind
     hooks = [
         layer.register_forward_pre_hook(watch(gguf_name))
         for name, layer in linears.items()
-        if (gguf_name := names[f"{name}.weight"]) not in (None, "output.weight")
+        if (gguf_name := names[f"{name}.weight"]) is not None
     ]
     with torch.inference_mode():
         for index, window in enumerate(windows):
