@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 help: ## List what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-# torch comes first and pinned, so that no other package pulls a build with gigabytes of CUDA
+# torch comes first and pinned: no other package then replaces it with another, larger build
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --upgrade pip

@@ -25,11 +25,11 @@ class Clock(BuildEvents):
         self.tools_s: dict[str, float] = {}
         self._running: tuple[str, float] | None = None
 
-    def started(self, stage: str, position: int, steps: int) -> None:
+    def started(self, step: str, position: int, steps: int) -> None:
         """A step begins."""
-        self._running = (stage, time.perf_counter())
+        self._running = (step, time.perf_counter())
 
-    def finished(self, stage: str, status: str, seconds: float) -> None:
+    def finished(self, step: str, status: str, seconds: float) -> None:
         """A step ended; a cached one never began."""
         self.stop()
 

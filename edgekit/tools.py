@@ -92,7 +92,8 @@ def _own_llama_cpp() -> Path | None:
 
 @cache
 def _tree_digest(directory: Path) -> str:
-    names = ["convert_hf_to_gguf.py", *(p.relative_to(directory).as_posix() for p in directory.glob("conversion/*.py"))]
+    patterns = ("convert_hf_to_gguf.py", "conversion/**/*.py", "gguf-py/gguf/**/*.py")
+    names = [p.relative_to(directory).as_posix() for pattern in patterns for p in directory.glob(pattern)]
     return canonical_sha256({name: entry.sha256 for name, entry in describe_files(directory, names).items()})
 
 

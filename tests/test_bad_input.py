@@ -86,7 +86,6 @@ def test_wrong_names(arguments: tuple[str, ...], texts: tuple[str, ...], tiny_hf
         ("not a model", ("'not a model'", "builtin:smollm2-135m")),
         ("builtin:smollm", ("did you mean 'builtin:smollm2-135m'?",)),
         ("/dev/null", ("/dev/null",)),
-        ("", ("''",)),
     ],
 )
 def test_wrong_models(model: str, texts: tuple[str, ...]) -> None:
@@ -235,7 +234,7 @@ RECIPE = (CATALOG / "gguf-q4.yaml").read_text().replace("name: gguf-q4", "name: 
 @pytest.mark.parametrize(
     ("old", "new", "texts"),
     [
-        ("engine: llama_cpp", "engine: [", ("mine.yaml:5",)),
+        ("engine: llama_cpp", "engine: [", ("mine.yaml:6",)),
         (
             "engine: llama_cpp",
             "engin: llama_cpp",
@@ -251,8 +250,9 @@ RECIPE = (CATALOG / "gguf-q4.yaml").read_text().replace("name: gguf-q4", "name: 
         ("max: 0.3", "max: much", ("mine.yaml:12", "gates.1.max")),
         ("max: 0.3", "max: 0.3, min: 0.1", ("exactly one of max, min",)),
         ("of: convert", "of: konvert", ("no stage 'konvert'", "did you mean 'convert'?")),
-        ("measure: perplexity", "measure: perplexitty", ("'perplexitty'", "did you mean 'perplexity'?")),
-        ("  - convert: {type: f16}\n", "", ("'gguf' before",)),
+        ("  - convert: {type: f16}\n  - imatrix", "  - imatrix", ("no stage 'convert'",)),
+        ("  - gguf: {type: Q4_K_M}\n", "", ()),
+        ("  - imatrix: {text: python-docs}\n  - gguf", "  - gguf: {}\n  - imatrix: {}\n  - gguf", ()),
         ("  - gguf:", "  - imatrix: {}\n  - gguf:", ()),
     ],
 )

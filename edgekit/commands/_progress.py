@@ -37,19 +37,19 @@ class ProgressDisplay(BuildEvents):
     ) -> None:
         self._progress.stop()
 
-    def started(self, stage: str, position: int, steps: int) -> None:
+    def started(self, step: str, position: int, steps: int) -> None:
         """Show a fresh bar."""
-        self._progress.reset(self._task, total=None, description=f"{position}/{steps} {stage}", unit="", visible=True)
+        self._progress.reset(self._task, total=None, description=f"{position}/{steps} {step}", unit="", visible=True)
 
     def progressed(self, done: int, total: int | None, unit: str) -> None:
         """Move the bar."""
         self._progress.update(self._task, completed=done, total=total, unit=unit)
 
-    def finished(self, stage: str, status: str, seconds: float) -> None:
+    def finished(self, step: str, status: str, seconds: float) -> None:
         """Print one line for the step."""
         self._progress.update(self._task, visible=False)
         detail = f"{seconds:6.1f} s" if status == "executed" else "  cached"
-        self.console.print(f"  {stage:<12} {detail}")
+        self.console.print(f"  {step:<18} {detail}")
 
     def noted(self, text: str) -> None:
         """Print a remark."""

@@ -45,7 +45,7 @@ def open_vocabulary(path: Path) -> Vocabulary:
 
 def build_info() -> dict[str, str]:
     """Version of the package, llama.cpp's CPU features, and whether it can offload to an accelerator here."""
-    api = _library()
+    api = library()
     return {
         "engine": "llama_cpp",
         "version": importlib.metadata.version(DISTRIBUTION),
@@ -69,7 +69,7 @@ def collect_log(on_line: Callable[[str], None] | None = None) -> Iterator[Log]:
 
     An exception of `on_line` (or an interrupt within it) cannot pass through llama.cpp: it is raised at the end.
     """
-    _library()
+    library()
     sink = _Sink(on_line)
     _sinks.append(sink)
     try:
@@ -116,7 +116,8 @@ _LOG_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_v
 
 
 @cache
-def _library() -> Any:
+def library() -> Any:
+    """The low-level API of llama-cpp-python, its log silenced. Raises ToolError when it is not installed."""
     try:
         from llama_cpp import llama_cpp as api
     except ModuleNotFoundError:
@@ -133,7 +134,7 @@ class Vocabulary:
     """The tokenizer and metadata of an open GGUF file."""
 
     def __init__(self, path: Path, **params: Any) -> None:
-        self._api = _library()
+        self._api = library()
         self._path = path
         settings = self._api.llama_model_default_params()
         for name, value in (params or {"vocab_only": True}).items():
@@ -258,7 +259,7 @@ class LlamaCpp(Vocabulary):
     """An open model with one KV cache of `context_tokens * sequences` cells, which forks share."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
-        api = _library()
+        api = library()
         _check_options(options, api.llama_max_parallel_sequences())
         self._accelerate: bool = options.accelerate and api.llama_supports_gpu_offload()
         self._ctx: Any = None

@@ -51,7 +51,7 @@ def show(report: Report, console: Console) -> None:
         _line(
             console,
             (f"  {'pass' if gate.passed else 'FAIL'}  ", style),
-            (_fit(clean(gate.bound), 34), ""),
+            (_fit(clean(gate.bound if gate.of == "bundle" else f"{gate.of}: {gate.bound}"), 34), ""),
             (f"  {_fit(value, 24)} ", "bold" if gate.kind == "measured" else "italic"),
             (gate.kind, "cyan" if gate.kind == "measured" else "magenta italic"),
         )

@@ -33,8 +33,6 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     directory = converter_directory(ctx.store)
     target = out / FILE_NAME
     arguments = ["--outtype", params.type, "--outfile", str(target), "--model-name", str(model.facts["name"])]
-    if model.facts.get("trust_remote_code"):
-        arguments.append("--trust-remote-code")
     # bytecode would change the fetched tool's directory
     environment = {
         **os.environ,

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from edgekit.artifact import Artifact
-from edgekit.engines.llama_cpp import Log, collect_log
+from edgekit.engines.llama_cpp import Log, collect_log, library
 from edgekit.errors import InputError, ToolError, suggest
 from edgekit.formats import gguf
 from edgekit.stage import Facts, StageContext, StageParams, Tensor, stage
@@ -134,8 +134,7 @@ def quantize(
     Raises InputError when the types need an importance matrix and there is none (also in a dry run), and ToolError
     with llama.cpp's last error.
     """
-    from llama_cpp import llama_cpp as api
-
+    api = library()
     identities = {t.name: identity for identity, t in gguf.GGML_TYPES.items()}
     settings = api.llama_model_quantize_default_params()
     settings.ftype = FILE_TYPES[params.type]

@@ -9,8 +9,8 @@ import numpy as np
 from pydantic import PositiveInt
 
 from edgekit.artifact import Artifact
-from edgekit.calibration import Generated, find_text_set, generate_windows, token_windows
-from edgekit.huggingface import load_model, load_tokenizer
+from edgekit.calibration import Generated, find_text_set, generate_windows
+from edgekit.huggingface import open_checkpoint, text_windows
 from edgekit.model import gguf_names
 from edgekit.stage import Facts, StageContext, StageParams, stage
 
@@ -37,22 +37,13 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """
     import torch
 
-    trust = bool(model.facts.get("trust_remote_code"))
-    tokenizer = load_tokenizer(model.path, trust_remote_code=trust)
-    network = load_model(model.path, trust_remote_code=trust)
+    tokenizer, network = open_checkpoint(model)
     source = find_text_set(params.text).source
     if isinstance(source, Generated):
         bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         windows = generate_windows(source, network, params.windows, params.window_tokens, bos, ctx.progress)
     else:
-        windows = token_windows(
-            params.text,
-            "calibration",
-            params.windows,
-            params.window_tokens,
-            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-            tokenizer.bos_token_id if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None,
-        )
+        windows = text_windows(tokenizer, params.text, "calibration", params.windows, params.window_tokens)
     # llama.cpp leaves the head out, too: its matrix is often the embedding, which has no inputs of this kind
     head = network.get_output_embeddings()
     linears = {

@@ -10,8 +10,7 @@ import numpy.typing as npt
 from pydantic import PositiveInt
 
 from edgekit.artifact import Artifact
-from edgekit.calibration import token_windows
-from edgekit.huggingface import load_model, load_tokenizer
+from edgekit.huggingface import open_checkpoint, text_windows
 from edgekit.stage import Facts, StageContext, StageParams, stage
 
 
@@ -32,18 +31,8 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
 
     from edgekit.measure.divergence import write_reference
 
-    trust = bool(model.facts.get("trust_remote_code"))
-    tokenizer = load_tokenizer(model.path, trust_remote_code=trust)
-    bos = tokenizer.bos_token_id if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else None
-    windows = token_windows(
-        params.text,
-        "evaluation",
-        params.windows,
-        params.window_tokens,
-        lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
-        bos,
-    )
-    network = load_model(model.path, trust_remote_code=trust)
+    tokenizer, network = open_checkpoint(model)
+    windows = text_windows(tokenizer, params.text, "evaluation", params.windows, params.window_tokens)
 
     def logits(index: int) -> npt.NDArray[np.float32]:
         with torch.inference_mode():
