@@ -207,9 +207,12 @@ def _hub(name: str) -> Source:
     try:
         patterns = ["*.safetensors", "*.safetensors.index.json", *_SIDE_FILES]
         snapshot = Path(huggingface_hub.snapshot_download(identity, revision=revision or None, allow_patterns=patterns))
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        summary = str(error).strip().partition("\n")[0]
-        raise InputError(f"the hub model {name}", summary, "check the name, or run `hf auth login`") from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise InputError(
+            f"the hub model {name}", "no such repository, or no access", "check the name, or run `hf auth login`"
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise InputError(f"the hub model {name}", f"no revision {revision!r}", "check the revision") from None
     except Exception as error:  # every transport raises its own tree; all mean the hub was not reached
         raise ToolError(
             f"the hub model {name}",

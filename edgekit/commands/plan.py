@@ -37,7 +37,12 @@ def describe(plan: Plan, store: Store) -> dict[str, Any]:
     return {
         "target": plan.target.name,
         "recipe": plan.recipe.name,
-        "model": {"uri": plan.source.uri, "digest": plan.source.artifact.digest, "parameters": plan.shape.parameters},
+        "model": {
+            "uri": plan.source.uri,
+            "revision": plan.source.revision,
+            "digest": plan.source.artifact.digest,
+            "parameters": plan.shape.parameters,
+        },
         "context_tokens": plan.context_tokens,
         "kv_type": plan.kv_type,
         "steps": [
