@@ -58,12 +58,11 @@ def cli() -> None:
 def main() -> None:
     """Run the command line and turn every error into its exit code (see docs/exit-codes.md)."""
     try:
-        cli.main(standalone_mode=False)
+        # without standalone mode click returns the code of an Exit, and else what the command returned: None
+        sys.exit(cli.main(standalone_mode=False))
     except EdgekitError as error:
         told = {"wanted": error.wanted, "found": error.found, "next": error.next_command}
         _fail(error.exit_code, f"error: {error}", None if error.documented else told)
-    except click.exceptions.Exit as done:
-        sys.exit(done.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(2)

@@ -131,7 +131,7 @@ def empty_store(tmp_path: Path, tools: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def warm_store(tmp_path: Path, bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A copy of the store that `bundles` was built in, and $EDGEKIT_CACHE."""
-    root = tmp_path / "store"
+    root = tmp_path / "warm"
     shutil.copytree(bundles.store.root, root, symlinks=True)
     monkeypatch.setenv("EDGEKIT_CACHE", str(root))
     return Store(root)
@@ -139,7 +139,7 @@ def warm_store(tmp_path: Path, bundles: Bundles, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def write_recipe(tmp_path: Path) -> Callable[..., Path]:
-    """Write a recipe file with these lines replaced."""
+    """Write a recipe file that is called as it says."""
 
     def write(text: str, name: str = "mine") -> Path:
         path = tmp_path / f"{name}.yaml"

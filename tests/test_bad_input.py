@@ -74,7 +74,7 @@ def refused(result: tiny.Result, code: int, *texts: str) -> None:
         (("--target", "jetson", "--device", "locl"), ("did you mean 'local'?",)),
     ],
 )
-def test_wrong_names(arguments: tuple[str, ...], texts: tuple[str, ...], tiny_hf: Path) -> None:
+def test_wrong_names(arguments: tuple[str, ...], texts: tuple[str, ...], tiny_hf: Path, warm_store: Any) -> None:
     refused(tiny.edgekit("build", tiny_hf, *arguments), 2, *texts)
 
 
@@ -213,13 +213,13 @@ def test_a_nan_in_the_weights(tiny_hf: Path, tmp_path: Path) -> None:
     ("content", "text"),
     [(b"", "0"), (b"too short", "tokens of"), (b"\xff\xfe bytes", "UTF-8"), (b" \n \n", "0")],
 )
-def test_bad_texts(name: str, content: bytes, text: str, tiny_hf: Path, tmp_path: Path) -> None:
+def test_bad_texts(name: str, content: bytes, text: str, tiny_hf: Path, tmp_path: Path, warm_store: Any) -> None:
     path = tmp_path / f"{name}-{len(content)}.txt"
     path.write_bytes(content)
     refused(tiny.edgekit("build", tiny_hf, *BUILD, "--set", f"{name}.text={path}"), 2, text, path.name)
 
 
-def test_bad_lines(tiny_hf: Path, tmp_path: Path) -> None:
+def test_bad_lines(tiny_hf: Path, tmp_path: Path, warm_store: Any) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "one"}\n{"txt": "two"}\n')
     refused(tiny.edgekit("build", tiny_hf, *BUILD, "--set", f"evaluation.text={path}"), 2, "text.jsonl:2")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+import tiny
 from click.testing import CliRunner
 
 import edgekit.commands
@@ -138,6 +139,17 @@ def test_an_error_with_json_is_one_document_on_stdout():
     error = json.loads(done.stdout)["error"]
     assert error["exit_code"] == 2
     assert "jetson" in error["found"]
+
+
+def test_doctor_names_what_is_missing_and_the_command_that_fixes_it(monkeypatch):
+    assert tiny.edgekit("doctor").code == 0
+    monkeypatch.setattr("edgekit.tools._distribution_version", lambda name: None if name == "torch" else "1.0")
+    done = tiny.edgekit("doctor")
+    assert done.code == 5
+    assert "fix: pip install 'edgekit[build]'" in done.stdout
+    assert "recipe gguf-q4: cannot run" in done.stdout
+    document = tiny.edgekit("doctor", "--json").json
+    assert document["targets"]["jetson-orin-nano-super"] is False
 
 
 def test_a_bug_of_ours_is_one_line_and_exit_code_1(monkeypatch, capsys):
