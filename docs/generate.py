@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,17 @@ def _json(schema: dict[str, object]) -> str:
     return json.dumps(schema, indent=2) + "\n"
 
 
-if __name__ == "__main__":
-    for path, text in pages().items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+def main() -> None:
+    """Write what is stale; with --check only name it, and fail."""
+    stale = {path: text for path, text in pages().items() if not path.is_file() or path.read_text() != text}
+    for path, text in stale.items():
         print(path.relative_to(DOCS.parent))
+        if "--check" not in sys.argv:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    if stale and "--check" in sys.argv:
+        sys.exit("stale: run `make docs`")
+
+
+if __name__ == "__main__":
+    main()

@@ -139,6 +139,15 @@ def token_windows(
     return np.concatenate([np.full((count, 1), bos, np.int32), windows], axis=1)
 
 
+def check_text(name: str, split: Split) -> None:
+    """Raise InputError unless the set exists and has text in that split, as far as that is known without a model."""
+    source = find_text_set(name).source
+    if isinstance(source, Dataset) or (isinstance(source, Generated) and split == "calibration"):
+        return
+    if next(iter(pieces(name, split)), None) is None:
+        raise InputError(f"{split} text in {name!r}", "none", "give more text, in several documents")
+
+
 def pieces(name: str, split: Split) -> Iterable[str]:
     """Yield the split's text in pieces of at most a few thousand characters, in a fixed shuffled order."""
     cut: list[tuple[str, str]] = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import edgekit
-from edgekit.artifact import Artifact
+from edgekit.artifact import Artifact, canonical_sha256
 from edgekit.build import BuildEvents, Built, build
 from edgekit.bundle import MODEL_FILE, Bundle, check_place, discard, finish_bundle, model_summary, stage_bundle
 from edgekit.devices import Device, Fingerprint, Job, JobResult, LatencyJob, Measures
@@ -59,7 +59,9 @@ def deliver(
             payload_bytes = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
             result = device.run(job, progress=lambda name: events.progressed(0, None, name))
             report = make_report(plan, built, payload_bytes, device.fingerprint(), result)
-            bundle = finish_bundle(plan, built, report, work, out)
+            # two builds of one target into one place would take each other's directory for a leftover
+            with store.lock(f"bundle-{canonical_sha256(str(out.absolute()))}"):
+                bundle = finish_bundle(plan, built, report, work, out)
         except BaseException:
             discard(work)
             raise

@@ -8,7 +8,7 @@ from functools import reduce
 from typing import Any
 
 from edgekit.artifact import canonical_sha256
-from edgekit.calibration import text_digest
+from edgekit.calibration import check_text, text_digest
 from edgekit.errors import DoesNotFit, InputError
 from edgekit.formats.gguf import tensor_bytes
 from edgekit.measurement import Measurement
@@ -102,6 +102,9 @@ def make_plan(
     shape = model_shape(source.artifact)
     context = min(context_tokens or target.context_tokens, shape.context_tokens)
     steps, result = _resolve_steps(source, recipe)
+    for step in steps:
+        for name, split in step.params.text_fields.items():
+            check_text(getattr(step.params, name), split)
     tensors, notes = _predict_tensors(shape.tensors, steps, result)
     weight_bytes = sum(tensor_bytes(t.type, t.shape) for t in tensors)
     memory = plan_memory(shape, weight_bytes, target.memory.usable_bytes.value, context, kv_type)
@@ -263,6 +266,7 @@ def _predictions(
         "kv_cache_bytes": memory.kv_cache_bytes,
         "compute_buffer_bytes": memory.compute_buffer_bytes,
         "required_bytes": memory.required_bytes,
+        "usable_bytes": memory.usable_bytes,
     }
     exact = [
         Measurement(name=name, value=value, unit="bytes", kind="predicted", device=target.name)

@@ -13,6 +13,8 @@ from pydantic import PositiveInt, ValidationError, model_validator
 from edgekit.config import Document, Strict, explain
 from edgekit.engines import engine_names
 from edgekit.errors import InputError, suggest
+from edgekit.measure import divergence
+from edgekit.report.figures import KNOWN
 from edgekit.stage import Stage, StageParams, find_stage, stage_names
 
 S = TypeVar("S", bound=Strict)
@@ -176,6 +178,10 @@ def _check_names(document: Document, loaded: RecipeFile) -> None:
         if gate.of not in checked:
             known = f"is not one of {', '.join(checked)}, which can be measured"
             document.problem(("gates", index, "of"), f"{gate.of!r} {known}{suggest(gate.of, checked)}")
+        # what is checked on the way is compared with the source; only the bundle is timed and weighed, too
+        measures = list(KNOWN) if gate.of == "bundle" else list(divergence.FIGURES)
+        if gate.measure not in measures:
+            document.problem(("gates", index, "measure"), f"unknown measurement{suggest(gate.measure, measures)}")
 
 
 def _override(recipe: Recipe, overrides: Overrides) -> Recipe:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 
 import edgekit.stages
 from edgekit.artifact import Artifact
+from edgekit.calibration import Split
 from edgekit.config import Strict
 from edgekit.errors import InputError, suggest
 from edgekit.store import Store
@@ -22,8 +23,8 @@ from edgekit.target import Target
 class StageParams(Strict):
     """Base of a stage's parameters. The defaults, filled in, are part of the cache key."""
 
-    text_fields: ClassVar[tuple[str, ...]] = ()
-    """Fields that name a text set: the digest of the text, not its name, is part of the key."""
+    text_fields: ClassVar[Mapping[str, Split]] = {}
+    """Fields that name a text set, with the split they read: the digest of the text is part of the key."""
 
 
 class Progress(Protocol):

@@ -116,7 +116,7 @@ class Store:
         Another process that executes the same key is waited for, and its result is taken. Returns the
         artifact, its record, and whether it was executed here. Raises ToolError when the disk is full.
         """
-        with self.shared(), self._lock(key):
+        with self.shared(), self.lock(key):
             record = self.lookup(key)
             if record is not None:
                 with contextlib.suppress(CorruptArtifact):
@@ -198,7 +198,7 @@ class Store:
 
         The directory's content is hashed when it is made, and compared on every use.
         """
-        with self.shared(), self._lock(f"tool-{name}-{sha256}"):
+        with self.shared(), self.lock(f"tool-{name}-{sha256}"):
             final = self._tool_path(name, sha256)
             with contextlib.suppress(CorruptArtifact):
                 artifact = open_artifact(final)
@@ -234,6 +234,10 @@ class Store:
         with self._guard_disk(), self._flock("store", fcntl.LOCK_SH):
             yield
 
+    def lock(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """Hold a name against other processes of this store; waits for it."""
+        return self._flock(name, fcntl.LOCK_EX)
+
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
@@ -244,9 +248,6 @@ class Store:
                     "the store to itself", "a build that is using it", "wait for it, then try again"
                 ) from None
             yield
-
-    def _lock(self, key: str) -> contextlib.AbstractContextManager[None]:
-        return self._flock(key, fcntl.LOCK_EX)
 
     @contextlib.contextmanager
     def _flock(self, name: str, operation: int) -> Iterator[None]:

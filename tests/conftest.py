@@ -147,3 +147,14 @@ def write_recipe(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """On CI a skipped test is a failure, but for what root may do and other users may not."""
+    if not os.environ.get("CI"):
+        return
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    reasons = {report.longrepr[2] for report in reporter.stats.get("skipped", ()) if isinstance(report.longrepr, tuple)}
+    if missing := sorted(reason for reason in reasons if "root" not in reason):
+        reporter.write_line(f"skipped, but CI should have run it: {'; '.join(missing)}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -53,7 +53,7 @@ def make_plans(
     recipes = [find_recipe(recipe or target.default_recipe, overrides) for target in chosen]
     if model is None:
         click.echo(f"no MODEL given: using {BUILTIN}", err=True)
-    source = resolve_model(model or BUILTIN)
+    source = resolve_model(BUILTIN if model is None else model)
     return [
         make_plan(source, found, target, context_tokens=context_tokens, kv_type=kv_type)
         for target, found in zip(chosen, recipes, strict=True)

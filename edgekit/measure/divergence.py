@@ -175,6 +175,19 @@ def _bad_reference(path: Path, found: str) -> InputError:
     return InputError(f"the reference of a source model at {path}", found, "edgekit cache verify")
 
 
+FIGURES = (
+    "kl_divergence_nats",
+    "kl_divergence_median_nats",
+    "kl_divergence_p99_nats",
+    "kl_divergence_max_nats",
+    "top1_agreement",
+    "perplexity",
+    "source_perplexity",
+    "perplexity_ratio",
+)
+"""Names of the measurements of a divergence."""
+
+
 @dataclass(frozen=True)
 class Divergence:
     """An artifact against its source at W windows of S scored positions; all arrays have shape (W, S)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import numpy as np
 from pydantic import PositiveInt
 
 from edgekit.artifact import Artifact
-from edgekit.calibration import Generated, find_text_set, generate_windows
+from edgekit.calibration import Generated, Split, find_text_set, generate_windows
 from edgekit.huggingface import open_checkpoint, text_windows
 from edgekit.model import gguf_names
 from edgekit.stage import Facts, StageContext, StageParams, stage
@@ -20,7 +21,7 @@ FILE_NAME = "imatrix.gguf"
 class Params(StageParams):
     """Parameters of `imatrix`."""
 
-    text_fields: ClassVar[tuple[str, ...]] = ("text",)
+    text_fields: ClassVar[Mapping[str, Split]] = {"text": "calibration"}
 
     text: str = "python-docs"
     """A text set, or the path of a file; only its calibration split is used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 from pydantic import PositiveInt
 
 from edgekit.artifact import Artifact
+from edgekit.calibration import Split
 from edgekit.huggingface import open_checkpoint, text_windows
 from edgekit.stage import Facts, StageContext, StageParams, stage
 
@@ -17,7 +19,7 @@ from edgekit.stage import Facts, StageContext, StageParams, stage
 class Params(StageParams):
     """Parameters of `reference`; a recipe states them under `evaluation`."""
 
-    text_fields: ClassVar[tuple[str, ...]] = ("text",)
+    text_fields: ClassVar[Mapping[str, Split]] = {"text": "evaluation"}
 
     text: str = "python-docs"
     windows: PositiveInt = 8
