@@ -44,15 +44,14 @@ def kv_cache_bytes(shape: ModelShape, context_tokens: int, kv_type: str = "f16",
 
 
 def compute_buffer_bytes(shape: ModelShape, context_tokens: int, batch_tokens: int = 512) -> int:
-    """Bytes of activations for one batch: the input, the larger of one attention or one feed-forward, the logits.
+    """Bytes of activations (f32) for one batch: two copies of the hidden states and the widest result beside them.
 
-    llama.cpp reserves them for the worst case, with logits at every position of the batch.
+    llama.cpp reserves the worst case, logits at every position of the batch, and lets results that are not alive at
+    the same time share memory.
     """
     rows = min(batch_tokens, context_tokens)
-    attention = shape.heads * shape.key_dim * 3 + shape.hidden
-    feed_forward = 2 * shape.feed_forward + shape.hidden
-    mask = rows * context_tokens * 4
-    return 4 * rows * (shape.hidden + max(attention, feed_forward) + shape.vocabulary) + mask
+    attention = 3 * shape.heads * shape.key_dim
+    return 4 * rows * (2 * shape.hidden + max(attention, 2 * shape.feed_forward, shape.vocabulary))
 
 
 def plan_memory(
