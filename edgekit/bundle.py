@@ -20,6 +20,7 @@ import edgekit
 from edgekit.artifact import CorruptArtifact, FileEntry, canonical_sha256, describe_files, file_sha256, relative_files
 from edgekit.build import Built
 from edgekit.config import Strict
+from edgekit.engine import EngineOptions
 from edgekit.errors import InputError, ToolError
 from edgekit.plan import Plan
 from edgekit.report import Report
@@ -28,6 +29,7 @@ from edgekit.store import explain_disk
 from edgekit.tools import copy_file, tool_version
 
 MANIFEST = "manifest.json"
+SETTINGS = "settings.json"
 MODEL_FILE = "model.gguf"
 REPORT_FILES = ("report.html", "report.json", "report.md")
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
@@ -45,6 +47,11 @@ class Settings(Strict):
     kv_type: str
     strategy: str = "greedy"
 
+    def options(self, threads: int | None = None) -> EngineOptions:
+        """Engine options; `threads` overrides the settings, which never ask for more than the machine has."""
+        here = None if self.threads is None else min(self.threads, os.cpu_count() or 1)
+        return EngineOptions(context_tokens=self.context_tokens, threads=threads or here, kv_type=self.kv_type)
+
 
 class BundleManifest(Strict):
     """The bundle's table of contents. `digest` covers `files`; measurements are listed apart, for they vary."""
@@ -59,7 +66,6 @@ class BundleManifest(Strict):
     tools: dict[str, str | None]
     steps: tuple[dict[str, str], ...]
     """stage and cache key of every step."""
-    settings: Settings
     files: dict[str, FileEntry]
     measurements: dict[str, FileEntry]
 
@@ -70,11 +76,12 @@ class Bundle:
 
     path: Path
     manifest: BundleManifest
+    settings: Settings
 
     @property
     def model(self) -> Path:
         """The file that the engine opens."""
-        return self.path / self.manifest.settings.model
+        return self.path / self.settings.model
 
     def verify(self) -> None:
         """Compare every file with the manifest. Raises CorruptArtifact."""
@@ -87,18 +94,19 @@ class Bundle:
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Read a bundle's manifest. Raises InputError when the directory is not a bundle."""
+    """Read a bundle's manifest and settings. Raises InputError when the directory is not a bundle."""
     try:
         manifest = BundleManifest.model_validate_json((path / MANIFEST).read_bytes())
+        settings = Settings.model_validate_json((path / SETTINGS).read_bytes())
     except FileNotFoundError:
         raise InputError("a bundle directory", f"no {MANIFEST} in {path}", "edgekit build --target local") from None
     except (OSError, ValidationError) as error:
         first = str(error).partition("\n")[0]
         raise InputError("a bundle of this edgekit", f"{path / MANIFEST}: {first}", "build the bundle again") from None
-    for name in (*manifest.files, *manifest.measurements, manifest.settings.model):
+    for name in (*manifest.files, *manifest.measurements, settings.model):
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise InputError(f"files inside {path}", f"{name!r} in its manifest", "do not use this bundle")
-    return Bundle(path, manifest)
+            raise InputError(f"files inside {path}", f"{name!r} in its manifest or settings", "do not use this bundle")
+    return Bundle(path, manifest, settings)
 
 
 def check_place(final: Path) -> None:
@@ -136,7 +144,7 @@ def stage_bundle(plan: Plan, built: Built, out: Path) -> Path:
         names = {p.name for pattern in _TOKENIZER_FILES for p in built.checkpoint.path.glob(pattern)}
         for name in sorted(names.difference(_NOT_TOKENIZER)):
             copy_file(built.checkpoint.path / name, work / "tokenizer" / name)
-        (work / "settings.json").write_text(settings_of(plan).model_dump_json(indent=2) + "\n")
+        (work / SETTINGS).write_text(settings_of(plan).model_dump_json(indent=2) + "\n")
         (work / "README.md").write_text(_readme(plan, built))
         stack.pop_all()
     return work
@@ -157,14 +165,13 @@ def finish_bundle(plan: Plan, built: Built, report: Report, work: Path, out: Pat
             model=model_summary(plan, built),
             tools={name: tool_version(name) for name in sorted({t for step in plan.steps for t in step.stage.tools})},
             steps=tuple({"stage": step.stage, "key": step.key} for step in built.steps),
-            settings=settings_of(plan),
             files=files,
             measurements=describe_files(work, list(REPORT_FILES)),
         )
         text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
         (work / MANIFEST).write_text(text)
         _swap(work, final)
-    return Bundle(final, manifest)
+    return Bundle(final, manifest, settings_of(plan))
 
 
 def discard(work: Path) -> None:

@@ -10,9 +10,17 @@ from pathlib import Path
 import edgekit
 from edgekit.artifact import Artifact, canonical_sha256
 from edgekit.build import BuildEvents, Built, build
-from edgekit.bundle import MODEL_FILE, Bundle, check_place, discard, finish_bundle, model_summary, stage_bundle
+from edgekit.bundle import (
+    MODEL_FILE,
+    Bundle,
+    check_place,
+    discard,
+    finish_bundle,
+    model_summary,
+    settings_of,
+    stage_bundle,
+)
 from edgekit.devices import Device, Fingerprint, Job, JobResult, LatencyJob, Measures
-from edgekit.engine import EngineOptions
 from edgekit.formats import gguf
 from edgekit.gates import check_gates
 from edgekit.measurement import Measurement
@@ -53,7 +61,7 @@ def deliver(
             job = Job(
                 engine=plan.recipe.engine,
                 model=str(work / MODEL_FILE),
-                options=EngineOptions(context_tokens=plan.context_tokens, kv_type=plan.kv_type),
+                options=settings_of(plan).options(),
                 measure=Measures(latency=LatencyJob()),
             )
             payload_bytes = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())

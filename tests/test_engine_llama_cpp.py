@@ -234,12 +234,12 @@ def test_nothing_is_printed() -> None:
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    llama_cpp._library.cache_clear()
+    llama_cpp.library.cache_clear()
     try:
         with pytest.raises(ToolError) as raised:
             llama_cpp.build_info()
     finally:
-        llama_cpp._library.cache_clear()
+        llama_cpp.library.cache_clear()
     assert raised.value.next_command == "pip install 'edgekit[gguf]'"
 
 

@@ -13,7 +13,6 @@ import click
 from edgekit.bundle import open_bundle
 from edgekit.chat import render_chat
 from edgekit.decode import find_strategy, strategy_names
-from edgekit.engine import EngineOptions
 from edgekit.engines import find_engine
 from edgekit.errors import InputError
 
@@ -25,7 +24,7 @@ from edgekit.errors import InputError
 @click.option("--max-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer.")
 @click.option("--system", help="System message.")
 @click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: physical cores]")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads.  [default: the bundle's]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(
     bundle: Path,
@@ -42,15 +41,14 @@ def command(
     Text streams to stdout as it is decoded.
     """
     opened = open_bundle(bundle)
-    settings = opened.manifest.settings
+    settings = opened.settings
     generate = find_strategy(strategy or settings.strategy)
     text = sys.stdin.read() if prompt is None else prompt
     if not text.strip():
         raise InputError("a prompt", "none", 'edgekit run BUNDLE "Why is the sky blue?"')
     messages = [{"role": "system", "content": system}] if system else []
     chat = None if raw else render_chat(opened.path / "tokenizer", [*messages, {"role": "user", "content": text}])
-    options = EngineOptions(context_tokens=settings.context_tokens, threads=threads, kv_type=settings.kv_type)
-    with find_engine(settings.engine).open_model(opened.model, options) as engine:
+    with find_engine(settings.engine).open_model(opened.model, settings.options(threads)) as engine:
         # a chat template writes the beginning of text itself
         tokens = engine.tokenize(chat, special=True) if chat else engine.tokenize(text, special=True)
         room = settings.context_tokens - len(tokens)

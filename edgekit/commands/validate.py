@@ -13,7 +13,6 @@ from rich.table import Table
 from edgekit.artifact import CorruptArtifact
 from edgekit.bundle import Bundle, open_bundle
 from edgekit.devices import DivergenceJob, Job, LatencyJob, Measures, open_device
-from edgekit.engine import EngineOptions
 from edgekit.errors import GateFailed
 from edgekit.gates import check_gates
 from edgekit.recipe import Gate
@@ -34,12 +33,12 @@ def command(bundle: Path, device_url: str, as_json: bool) -> None:
     device = open_device(device_url)
     opened = open_bundle(bundle)
     opened.verify()
-    settings = opened.manifest.settings
+    settings = opened.settings
     reference = _reference(opened, Store.default())
     job = Job(
         engine=settings.engine,
         model=str(opened.model),
-        options=EngineOptions(context_tokens=settings.context_tokens, kv_type=settings.kv_type),
+        options=settings.options(),
         measure=Measures(
             latency=LatencyJob(), divergence=DivergenceJob(reference=str(reference)) if reference else None
         ),
