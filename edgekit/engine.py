@@ -134,6 +134,9 @@ class EngineModule(Protocol):
     DISTRIBUTION: str
     """The package that provides the engine, e.g. `llama-cpp-python`."""
 
+    RUNS: str
+    """Kind of artifact that the engine opens, e.g. `gguf`."""
+
     def open_model(self, path: Path, options: EngineOptions) -> Engine:
         """Load a model file. Raises InputError or ToolError."""
         ...

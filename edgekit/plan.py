@@ -9,6 +9,7 @@ from typing import Any
 
 from edgekit.artifact import canonical_sha256
 from edgekit.calibration import check_text, text_digest
+from edgekit.engines import find_engine
 from edgekit.errors import DoesNotFit, InputError
 from edgekit.formats.gguf import tensor_bytes
 from edgekit.measurement import Measurement
@@ -227,13 +228,14 @@ def _resolve_steps(source: Source, recipe: Recipe) -> tuple[list[Step], int]:
         if stage.name == "checkpoint":
             values = evaluation.model_dump()
             latest["reference"] = add(Step(reference, reference.params.model_validate(values), index))
-            if source.artifact.facts["format"] == "gguf" and recipe.engine == "llama_cpp":
+            if source.artifact.facts["format"] == find_engine(recipe.engine).RUNS:
                 check(-1, "import")
         elif any(gate.of == stage.name for gate in recipe.gates):
             check(index, stage.name)
-    result = latest.get("gguf")
+    runs = find_engine(recipe.engine).RUNS
+    result = latest.get(runs)
     if result is None:
-        raise InputError(f"a recipe whose last stage makes a model for {recipe.engine}", "none", f"edit {recipe.name}")
+        raise InputError(f"a stage in {recipe.name} that gives {runs!r} for {recipe.engine}", "none", "add one")
     check(result, "bundle")
     return steps, result
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import PositiveInt, ValidationError, model_validator
 
 from edgekit.config import Document, Strict, explain
-from edgekit.engines import engine_names
+from edgekit.engines import engine_names, find_engine
 from edgekit.errors import InputError, suggest
 from edgekit.measure import divergence
 from edgekit.report.figures import KNOWN
@@ -173,7 +173,8 @@ def _check_names(document: Document, loaded: RecipeFile) -> None:
     if not loaded.stages:
         document.problem(("stages",), "needs at least one stage")
     names = [name for entry in loaded.stages for name in entry if name in stage_names()]
-    checked = ["bundle", *(name for name in names if find_stage(name).gives == find_stage("evaluate").takes)]
+    runs = find_engine(loaded.engine).RUNS if loaded.engine in engine_names() else None
+    checked = ["bundle", *(name for name in names if find_stage(name).gives == runs)]
     for index, gate in enumerate(loaded.gates):
         if gate.of not in checked:
             known = f"is not one of {', '.join(checked)}, which can be measured"

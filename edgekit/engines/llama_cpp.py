@@ -21,6 +21,7 @@ from edgekit.engine import Capabilities, EngineOptions, Entry, FloatArray, StepO
 from edgekit.errors import InputError, ToolError, suggest
 
 DISTRIBUTION = "llama-cpp-python"
+RUNS = "gguf"
 
 KV_TYPES = {"f16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0", "q4_0": "GGML_TYPE_Q4_0"}
 _ERROR_LEVEL, _CONTINUED = 4, 5  # enum ggml_log_level: 0 none, 1 debug, 2 info, 3 warn, 4 error, 5 continuation
