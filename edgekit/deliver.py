@@ -123,12 +123,16 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
             MemoryPart(name="margin", bytes=plan.memory.margin_bytes),
         ),
         divergence_per_window=windows,
-        notes=tuple(_notes(plan, device, here)),
+        notes=tuple(_notes(plan, device, timed, here)),
     )
 
 
-def _notes(plan: Plan, device: Fingerprint, here: bool) -> list[str]:
+def _notes(plan: Plan, device: Fingerprint, timed: JobResult, here: bool) -> list[str]:
     notes = []
+    decode = next((m.note for m in timed.measurements if m.name == "decode_tokens_per_s"), None) or ""
+    if "contended" in decode:
+        busy = decode[decode.index("contended") :]
+        notes.append(f"The machine was busy while latency was measured, so the speeds are too low ({busy}).")
     if not here:
         notes.append(
             f"Latency and memory on {plan.target.title} are predicted. Accuracy, and the latency shown as measured, "
