@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -269,3 +272,23 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path, tiny_mamba: Path
     writer.close()
     with pytest.raises(InputError):
         llama_cpp.open_vocabulary(path)
+
+
+def test_an_interrupt_in_the_middle_of_a_native_call_is_raised_after_it() -> None:
+    seen = []
+
+    def interrupted() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        seen.append("went on")
+
+    def inside() -> None:
+        with llama_cpp.collect_log():
+            interrupted()
+
+    with pytest.raises(KeyboardInterrupt):
+        inside()
+    assert seen == ["went on"]
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert seen == ["went on"]

@@ -7,6 +7,8 @@ import importlib.metadata
 import itertools
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
@@ -74,11 +76,31 @@ def collect_log(on_line: Callable[[str], None] | None = None) -> Iterator[Log]:
     sink = _Sink(on_line)
     _sinks.append(sink)
     try:
-        yield sink.log
+        with _interrupts_deferred():
+            yield sink.log
     finally:
         _sinks.remove(sink)
     if sink.raised is not None:
         raise sink.raised
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Raise a Ctrl-C at the end of the block: raised where llama.cpp calls back, ctypes would print and lose it."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
+        yield
+        return
+    received: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if received:
+        raise KeyboardInterrupt
 
 
 class _Sink:
