@@ -101,6 +101,11 @@ def make_plan(
             f"--recipe {target.default_recipe}",
         )
     shape = model_shape(source.artifact)
+    if context_tokens is not None and context_tokens > shape.context_tokens:
+        most = shape.context_tokens
+        raise InputError(
+            f"at most {most} tokens, the model's context", f"--context {context_tokens}", f"--context {most}"
+        )
     context = min(context_tokens or target.context_tokens, shape.context_tokens)
     steps, result = _resolve_steps(source, recipe)
     for step in steps:

@@ -431,6 +431,11 @@ def test_does_not_fit_and_what_would(usable_mib: float, tiny_hf: Path, place: Pa
         assert again.code == 0, (option, again.stderr)
 
 
+def test_a_context_longer_than_the_models_is_not_cut_in_silence(tiny_hf: Path) -> None:
+    result = tiny.edgekit("plan", tiny_hf, "--target", "jetson", "--context", "9999999")
+    refused(result, 2, "the model's context", "--context 9999999")
+
+
 def test_far_too_large(tiny_hf: Path, tmp_path: Path) -> None:
     target = small_target(tmp_path, 0.01)
     refused(tiny.edgekit("build", tiny_hf, "--target", target), 4, "choose a smaller model or a larger target")
