@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCHMARKS := build_time fidelity prediction startup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint types docs bench clean
+.PHONY: help demo test test-fast lint types docs bench matrix clean
 
 help: ## List what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,8 +38,11 @@ types: $(READY) ## Check types
 docs: $(READY) ## Generate the reference pages and schemas in docs/
 	$(BIN)/python docs/generate.py
 
-bench: $(READY) ## Run every benchmark; each prints a table, then one JSON line
-	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(READY) ## Run the benchmarks that take minutes; each prints a table, then one JSON line
+	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+matrix: $(READY) ## Build the built-in model through every recipe for four targets, and print the table
+	$(BIN)/python benchmarks/matrix.py
 
 clean: ## Remove the environment and what was built
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

@@ -30,7 +30,7 @@ class Manifest(Strict):
     """What an artifact is made of. Its digest covers everything in it."""
 
     kind: str
-    """`source`, `checkpoint`, `gguf`, `imatrix`, `reference` or `evaluation`."""
+    """`source`, `adapter`, `checkpoint`, `checkpoint[gptq]`, `gguf`, `onnx`, `imatrix`, `reference`, `evaluation`..."""
     files: dict[str, FileEntry]
     """By POSIX path relative to the artifact's directory."""
     facts: dict[str, Any] = Field(default_factory=dict)
@@ -69,6 +69,12 @@ class Artifact:
     def digest(self) -> str:
         """The manifest's digest."""
         return self.manifest.digest
+
+    @property
+    def model_path(self) -> Path:
+        """What an engine opens: the file of an artifact that is one file, else the directory."""
+        names = list(self.manifest.files)
+        return self.path / names[0] if len(names) == 1 else self.path
 
     @property
     def nbytes(self) -> int:

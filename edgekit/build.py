@@ -38,6 +38,11 @@ class Built:
 
     result: Artifact
     checkpoint: Artifact
+    """The latest plain checkpoint: the model with its adapters."""
+    prefix: Artifact | None
+    """The precomputed start of every sequence, where the plan makes one."""
+    told: tuple[tuple[str, Artifact], ...]
+    """(stage, artifact) of the steps whose facts hold measurements or notes for the report."""
     evaluations: tuple[tuple[str, Artifact], ...]
     """(what was evaluated, its evaluation)."""
     steps: tuple[StepRecord, ...]
@@ -56,20 +61,29 @@ def build(plan: Plan, store: Store, events: BuildEvents, verified: dict[str, Art
     return _Run(plan, store, events, {} if verified is None else verified).everything()
 
 
+def _step_record(stage: str, key: str, status: Literal["executed", "cached"], record: Record) -> StepRecord:
+    return StepRecord(stage=stage, key=key, status=status, seconds=record.seconds, peak_rss_bytes=record.peak_rss_bytes)
+
+
 class _Run:
     def __init__(self, plan: Plan, store: Store, events: BuildEvents, verified: dict[str, Artifact]) -> None:
         self.plan, self.store, self.events, self.verified = plan, store, events, verified
-        self.artifacts: dict[int, Artifact] = {-1: plan.source.artifact}
+        self.artifacts: dict[int, Artifact] = dict(plan.inputs)
         self.records: dict[int, StepRecord] = {}
 
     def everything(self) -> Built:
         with self.store.shared():
             evaluations = tuple((what, self.artifact(index)) for what, index in self.plan.evaluations())
             result = self.artifact(self.plan.result)
-            checkpoint = self.artifact(0)
+            names = {step.stage.name: index for index, step in enumerate(self.plan.steps)}
+            checkpoint = self.artifact(names.get("merge", 0))
+            prefix = self.artifact(names["prefix"]) if "prefix" in names else None
+            told = tuple(
+                (step.stage.name, self.artifact(i)) for i, step in enumerate(self.plan.steps) if step.stage.reports
+            )
             digests = tuple(dict.fromkeys(self.digest(index) for index in range(len(self.plan.steps))))
         steps = tuple(self.records[index] for index in range(len(self.plan.steps)))
-        return Built(result, checkpoint, evaluations, steps, digests)
+        return Built(result, checkpoint, prefix, told, evaluations, steps, digests)
 
     def artifact(self, index: int) -> Artifact:
         """The verified artifact of a step, executing whatever is missing or damaged."""
@@ -91,19 +105,15 @@ class _Run:
         record = self.store.lookup(key)
         if record and index not in self.records:
             stage = self.plan.steps[index].stage.name
-            self.records[index] = StepRecord(stage=stage, key=key, status="cached", seconds=record.seconds)
+            self.records[index] = _step_record(stage, key, "cached", record)
             self.events.finished(self.plan.steps[index].label, "cached", record.seconds)
         return record
 
-    def _inputs(self, index: int) -> list[int]:
-        step = self.plan.steps[index]
-        return [step.input, *(i for _, i in step.side)]
-
     def _key(self, index: int) -> str:
         step = self.plan.steps[index]
-        key = step_key(step, [self.digest(i) for i in self._inputs(index)], self.plan.target)
+        key = step_key(step, [self.digest(i) for i in step.inputs], self.plan.target)
         if key is None:
-            for tool in step.stage.tools:
+            for tool in step.tools:
                 require(tool)
         assert key is not None
         return key
@@ -140,10 +150,10 @@ class _Run:
             facts = step.stage.run(model, work, step.params, context)
             return Produced(step.stage.gives, facts, peak_rss_bytes())
 
-        inputs = tuple(self.digest(i) for i in self._inputs(index))
+        inputs = tuple(self.digest(i) for i in step.inputs)
         artifact, record, executed = self.store.execute(key, step.stage.name, inputs, produce)
         status: Literal["executed", "cached"] = "executed" if executed else "cached"
-        self.records[index] = StepRecord(stage=step.stage.name, key=key, status=status, seconds=record.seconds)
+        self.records[index] = _step_record(step.stage.name, key, status, record)
         self.events.finished(step.label, status, record.seconds)
         self.verified[artifact.digest] = artifact
         return artifact

@@ -10,19 +10,29 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jinja2
 import psutil
 from pydantic import ValidationError
 
 import edgekit
-from edgekit.artifact import CorruptArtifact, FileEntry, canonical_sha256, describe_files, file_sha256, relative_files
+from edgekit.artifact import (
+    Artifact,
+    CorruptArtifact,
+    FileEntry,
+    canonical_sha256,
+    describe_files,
+    file_sha256,
+    relative_files,
+)
 from edgekit.build import Built
 from edgekit.config import Strict
-from edgekit.engine import EngineOptions
+from edgekit.engine import Engine, EngineOptions
+from edgekit.engines import find_engine
 from edgekit.errors import InputError, ToolError
 from edgekit.plan import Plan
+from edgekit.prefix import Prefixed, StateEngine, load_prefix
 from edgekit.report import Report
 from edgekit.report.write import write_report
 from edgekit.store import explain_disk
@@ -30,7 +40,9 @@ from edgekit.tools import copy_file, tool_version
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
-MODEL_FILE = "model.gguf"
+MODEL_DIRECTORY = "model"
+"""Where a model of several files goes; one of a single file keeps its name at the top."""
+TOKENIZER_DIRECTORY = "tokenizer"
 REPORT_FILES = ("report.html", "report.json", "report.md")
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 _NOT_TOKENIZER = ("manifest.json", "model.safetensors.index.json")
@@ -40,17 +52,30 @@ class Settings(Strict):
     """How to run the bundle: what `edgekit run` reads."""
 
     engine: str
-    model: str = MODEL_FILE
+    model: str = "model.gguf"
+    """The file or directory that the engine opens."""
+    tokenizer: str = TOKENIZER_DIRECTORY
+    """The directory with tokenizer and chat template in Hugging Face layout."""
     context_tokens: int
     threads: int | None
     """CPU threads; None takes the physical cores of the machine it runs on."""
     kv_type: str
     strategy: str = "greedy"
+    prefix: str | None = None
+    """A file with the precomputed start of every sequence."""
+    system: str | None = None
+    """The system prompt that the prefix holds."""
 
     def options(self, threads: int | None = None) -> EngineOptions:
         """Engine options; `threads` overrides the settings, which never ask for more than the machine has."""
         here = None if self.threads is None else min(self.threads, os.cpu_count() or 1)
-        return EngineOptions(context_tokens=self.context_tokens, threads=threads or here, kv_type=self.kv_type)
+        return EngineOptions(
+            context_tokens=self.context_tokens,
+            # a prefix is held in a sequence of its own
+            sequences=1 if self.prefix is None else 2,
+            threads=threads or here,
+            kv_type=self.kv_type,
+        )
 
 
 class BundleManifest(Strict):
@@ -80,7 +105,7 @@ class Bundle:
 
     @property
     def model(self) -> Path:
-        """The file that the engine opens."""
+        """What the engine opens."""
         return self.path / self.settings.model
 
     def verify(self) -> None:
@@ -103,10 +128,29 @@ def open_bundle(path: Path) -> Bundle:
     except (OSError, ValidationError) as error:
         first = str(error).partition("\n")[0]
         raise InputError("a bundle of this edgekit", f"{path / MANIFEST}: {first}", "build the bundle again") from None
-    for name in (*manifest.files, *manifest.measurements, settings.model):
+    for name in (*manifest.files, *manifest.measurements, settings.model, settings.tokenizer, settings.prefix or "."):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"files inside {path}", f"{name!r} in its manifest or settings", "do not use this bundle")
     return Bundle(path, manifest, settings)
+
+
+def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
+    """Open a bundle's model as its settings say, behind its prefix where it has one. Raises as engines do."""
+    settings = bundle.settings
+    engine = find_engine(settings.engine).open_model(bundle.model, settings.options(threads))
+    if settings.prefix is None:
+        return engine
+    try:
+        loaded = load_prefix(
+            cast(StateEngine, engine),
+            bundle.path / settings.prefix,
+            model_sha256=bundle.manifest.files[settings.model].sha256,
+            kv_type=settings.kv_type,
+        )
+    except BaseException:
+        engine.close()
+        raise
+    return Prefixed(engine, loaded)
 
 
 def check_place(final: Path) -> None:
@@ -140,11 +184,17 @@ def stage_bundle(plan: Plan, built: Built, out: Path) -> Path:
     with explain_disk(out), contextlib.ExitStack() as stack:
         stack.callback(discard, work)
         work.mkdir(parents=True)
-        copy_file(built.result.path / MODEL_FILE, work / MODEL_FILE)
-        names = {p.name for pattern in _TOKENIZER_FILES for p in built.checkpoint.path.glob(pattern)}
-        for name in sorted(names.difference(_NOT_TOKENIZER)):
-            copy_file(built.checkpoint.path / name, work / "tokenizer" / name)
-        (work / SETTINGS).write_text(settings_of(plan).model_dump_json(indent=2) + "\n")
+        settings = settings_of(plan, built)
+        place = work if _is_one_file(built.result) else work / MODEL_DIRECTORY
+        for name in built.result.manifest.files:
+            copy_file(built.result.path / name, place / name)
+        if settings.tokenizer == TOKENIZER_DIRECTORY:
+            names = {p.name for pattern in _TOKENIZER_FILES for p in built.checkpoint.path.glob(pattern)}
+            for name in sorted(names.difference(_NOT_TOKENIZER)):
+                copy_file(built.checkpoint.path / name, work / TOKENIZER_DIRECTORY / name)
+        if built.prefix is not None:
+            copy_file(built.prefix.model_path, work / built.prefix.model_path.name)
+        (work / SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n")
         (work / "README.md").write_text(_readme(plan, built))
         stack.pop_all()
     return work
@@ -163,7 +213,7 @@ def finish_bundle(plan: Plan, built: Built, report: Report, work: Path, out: Pat
             target=plan.target.model_dump(mode="json"),
             recipe=plan.recipe.describe(),
             model=model_summary(plan, built),
-            tools={name: tool_version(name) for name in sorted({t for step in plan.steps for t in step.stage.tools})},
+            tools={name: tool_version(name) for name in plan.tools},
             steps=tuple({"stage": step.stage, "key": step.key} for step in built.steps),
             files=files,
             measurements=describe_files(work, list(REPORT_FILES)),
@@ -171,7 +221,7 @@ def finish_bundle(plan: Plan, built: Built, report: Report, work: Path, out: Pat
         text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
         (work / MANIFEST).write_text(text)
         _swap(work, final)
-    return Bundle(final, manifest, settings_of(plan))
+    return Bundle(final, manifest, settings_of(plan, built))
 
 
 def discard(work: Path) -> None:
@@ -179,15 +229,26 @@ def discard(work: Path) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def settings_of(plan: Plan) -> Settings:
+def settings_of(plan: Plan, built: Built) -> Settings:
     """The settings that the plan was made for."""
     here = plan.target.name == "local"
+    one_file = _is_one_file(built.result)
     return Settings(
         engine=plan.recipe.engine,
+        model=built.result.model_path.name if one_file else MODEL_DIRECTORY,
+        tokenizer=TOKENIZER_DIRECTORY if one_file else MODEL_DIRECTORY,
+        prefix=None if built.prefix is None else built.prefix.model_path.name,
+        system=next(
+            (getattr(params, "system", None) for stage, params in plan.recipe.stages if stage.name == "prefix"), None
+        ),
         context_tokens=plan.context_tokens,
         threads=None if here else plan.target.compute.threads,
         kv_type=plan.kv_type,
     )
+
+
+def _is_one_file(artifact: Artifact) -> bool:
+    return artifact.model_path != artifact.path
 
 
 def model_summary(plan: Plan, built: Built) -> dict[str, Any]:
@@ -198,6 +259,10 @@ def model_summary(plan: Plan, built: Built) -> dict[str, Any]:
         "uri": plan.source.uri,
         "revision": plan.source.revision,
         "digest": built.checkpoint.digest,
+        "adapters": [
+            {**adapter.artifact.facts, "weight": adapter.weight, "digest": adapter.artifact.digest}
+            for adapter in plan.adapters
+        ],
     }
 
 
@@ -224,7 +289,7 @@ def _readme(plan: Plan, built: Built) -> str:
         "target": plan.target,
         "recipe": plan.recipe,
         "model": model_summary(plan, built),
-        "settings": settings_of(plan),
+        "settings": settings_of(plan, built),
         "install": _INSTALL.get(plan.target.compute.accelerator, _INSTALL["none"]),
         "version": edgekit.__version__,
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import edgekit
 from edgekit.artifact import Artifact, canonical_sha256
 from edgekit.build import BuildEvents, Built, build
 from edgekit.bundle import (
-    MODEL_FILE,
     Bundle,
     check_place,
     discard,
@@ -21,7 +21,7 @@ from edgekit.bundle import (
     stage_bundle,
 )
 from edgekit.devices import Device, Fingerprint, Job, JobResult, LatencyJob, Measures
-from edgekit.formats import gguf
+from edgekit.formats.weights import Weight, read_weights
 from edgekit.gates import check_gates
 from edgekit.measurement import Measurement
 from edgekit.plan import Plan
@@ -58,10 +58,11 @@ def deliver(
         work = stage_bundle(plan, built, out)
         try:
             events.started("measure", len(plan.steps) + 1, len(plan.steps) + 1)
+            settings = settings_of(plan, built)
             job = Job(
-                engine=plan.recipe.engine,
-                model=str(work / MODEL_FILE),
-                options=settings_of(plan).options(),
+                engine=settings.engine,
+                model=str(work / settings.model),
+                options=settings.options(),
                 measure=Measures(latency=LatencyJob()),
             )
             payload_bytes = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
@@ -86,8 +87,11 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
         measurements += found
         windows = divergence if what == "bundle" else windows
     measurements += timed.measurements
-    header = gguf.read_header(built.result.path / MODEL_FILE)
-    measurements.append(_bytes("weight_bytes", header.weight_bytes))
+    for stage, artifact in built.told:
+        told = artifact.facts.get("measurements", ())
+        measurements += [Measurement.model_validate({**fields, "of": stage}) for fields in told]
+    weights = read_weights(built.result.model_path)
+    measurements.append(_bytes("weight_bytes", sum(weight.nbytes for weight in weights)))
     measurements.append(_bytes("bundle_bytes", payload_bytes))
     here = plan.target.name == "local"
     # on the machine itself a measured figure replaces its prediction; sizes are measured anywhere
@@ -109,12 +113,12 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
             "fingerprint": device.text,
             "engine": timed.build,
             "python": platform.python_version(),
-            "tools": {t: tool_version(t) for t in sorted({t for step in plan.steps for t in step.stage.tools})},
+            "tools": {tool: tool_version(tool) for tool in plan.tools},
         },
         steps=built.steps,
         measurements=tuple(measurements),
         gates=check_gates(plan.gates, measurements),
-        tensors=_groups(header),
+        tensors=_groups(weights),
         fallbacks=tuple(Fallback(**fallback) for fallback in built.result.facts.get("fallbacks", ())),
         memory=(
             MemoryPart(name="weights", bytes=plan.memory.weight_bytes),
@@ -123,12 +127,12 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
             MemoryPart(name="margin", bytes=plan.memory.margin_bytes),
         ),
         divergence_per_window=windows,
-        notes=tuple(_notes(plan, device, timed, here)),
+        notes=tuple(_notes(plan, built, device, timed, here)),
     )
 
 
-def _notes(plan: Plan, device: Fingerprint, timed: JobResult, here: bool) -> list[str]:
-    notes = []
+def _notes(plan: Plan, built: Built, device: Fingerprint, timed: JobResult, here: bool) -> list[str]:
+    notes = [*plan.notes, *(str(note) for _, artifact in built.told for note in artifact.facts.get("notes", ()))]
     decode = next((m.note for m in timed.measurements if m.name == "decode_tokens_per_s"), None) or ""
     if "contended" in decode:
         busy = decode[decode.index("contended") :]
@@ -155,9 +159,9 @@ def _bytes(name: str, value: int) -> Measurement:
     return Measurement(name=name, value=value, unit="bytes", kind="measured")
 
 
-def _groups(header: gguf.Header) -> tuple[TensorGroup, ...]:
+def _groups(weights: Sequence[Weight]) -> tuple[TensorGroup, ...]:
     groups: dict[str, list[int]] = {}
-    for tensor in header.tensors:
-        groups.setdefault(tensor.type, []).append(tensor.nbytes)
+    for weight in weights:
+        groups.setdefault(weight.type, []).append(weight.nbytes)
     ordered = sorted(groups.items(), key=lambda item: -sum(item[1]))
     return tuple(TensorGroup(type=name, tensors=len(sizes), bytes=sum(sizes)) for name, sizes in ordered)

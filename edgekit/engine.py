@@ -134,11 +134,17 @@ class EngineModule(Protocol):
     DISTRIBUTION: str
     """The package that provides the engine, e.g. `llama-cpp-python`."""
 
-    RUNS: str
-    """Kind of artifact that the engine opens, e.g. `gguf`."""
+    RUNS: tuple[str, ...]
+    """Kinds of artifacts that the engine opens, e.g. `gguf`."""
+
+    NEEDS: str
+    """What a device must have to run it, after `needs`."""
+
+    KV_TYPES: tuple[str, ...]
+    """Element types of the KV cache that it offers, the default first."""
 
     def open_model(self, path: Path, options: EngineOptions) -> Engine:
-        """Load a model file. Raises InputError or ToolError."""
+        """Load a model, a file or a directory as `Artifact.model_path` says. Raises InputError or ToolError."""
         ...
 
     def build_info(self) -> dict[str, str]:

@@ -117,10 +117,11 @@ def model_shape(source: Artifact) -> ModelShape:
 
 def read_config(directory: Path) -> dict[str, Any]:
     """Parse config.json of a Hugging Face directory. Raises InputError."""
-    return _read_user_json(directory / "config.json")
+    return read_user_json(directory / "config.json")
 
 
-def _read_user_json(path: Path) -> dict[str, Any]:
+def read_user_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object of the user's, of a bounded size. Raises InputError."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"a JSON file of at most {MAX_JSON_BYTES} bytes", str(path), "check the model's files")

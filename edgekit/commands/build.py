@@ -15,7 +15,7 @@ from edgekit.commands._progress import ProgressDisplay
 from edgekit.deliver import Delivered, deliver
 from edgekit.devices import open_device
 from edgekit.errors import GateFailed
-from edgekit.plan import Plan, check_fit
+from edgekit.plan import Plan, check_fit, check_host
 from edgekit.report.terminal import show
 from edgekit.store import Store
 
@@ -42,6 +42,7 @@ def command(ctx: click.Context, /, as_json: bool, out: Path, device_url: str, dr
     plans = make_plans(**arguments)
     for plan in plans:
         check_fit(plan)
+        check_host(plan)
     store = Store.default()
     delivered = []
     verified: dict[str, Artifact] = {}

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edgekit.commands._options import make_plans, planning_options
-from edgekit.plan import Plan, cached_records, check_fit, what_fits
+from edgekit.plan import Plan, cached_records, check_fit, check_host, what_fits
 from edgekit.store import Store
 
 
@@ -30,6 +30,7 @@ def command(as_json: bool, **arguments: Any) -> None:
             show(plan, store, Console())
     for plan in plans:
         check_fit(plan, documented=as_json)
+        check_host(plan, documented=as_json)
 
 
 def describe(plan: Plan, store: Store) -> dict[str, Any]:
@@ -52,8 +53,9 @@ def describe(plan: Plan, store: Store) -> dict[str, Any]:
                 "key": key,
                 "cached": record is not None,
                 "params": step.params.model_dump(mode="json"),
+                "host_bytes": plan.host_bytes(index),
             }
-            for step, (key, record) in zip(plan.steps, cached_records(plan, store), strict=True)
+            for index, (step, (key, record)) in enumerate(zip(plan.steps, cached_records(plan, store), strict=True))
         ],
         "memory": {
             "weight_bytes": plan.memory.weight_bytes,
@@ -66,7 +68,8 @@ def describe(plan: Plan, store: Store) -> dict[str, Any]:
         "fits": plan.memory.fits,
         "would_fit": [] if plan.memory.fits else what_fits(plan),
         "measurements": [m.model_dump(mode="json") for m in plan.predictions],
-        "fallbacks": list(plan.notes),
+        "fallbacks": list(plan.fallbacks),
+        "notes": list(plan.notes),
     }
 
 
@@ -101,6 +104,9 @@ def show(plan: Plan, store: Store, console: Console) -> None:
     for name, size in parts.items():
         memory.add_row(name, f"{size / (1 << 20):,.1f}")
     console.print(memory)
+    needed = max(range(len(plan.steps)), key=plan.host_bytes)
+    host = f"building needs up to {plan.host_bytes(needed) / (1 << 20):,.0f} MiB here, for {plan.steps[needed].label}"
+    console.print(host, highlight=False)
     for prediction in plan.predictions:
         if prediction.unit == "tokens/s":
             console.print(
@@ -109,6 +115,9 @@ def show(plan: Plan, store: Store, console: Console) -> None:
                 markup=False,
                 highlight=False,
             )
-    if plan.notes:
-        console.print(f"{len(plan.notes)} tensors fall back to another type, e.g. {plan.notes[0]}", highlight=False)
+    if plan.fallbacks:
+        first = plan.fallbacks[0]
+        console.print(f"{len(plan.fallbacks)} tensors fall back to another type, e.g. {first}", highlight=False)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
     console.print()

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edgekit.recipe import find_recipe, recipe_names
-from edgekit.target import all_targets
+from edgekit.support import result_format, support_table
 
 
 @click.group(name="recipes", short_help="List and show recipes.")
@@ -20,18 +20,37 @@ def command() -> None:
 @command.command(name="list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def list_(as_json: bool) -> None:
-    """List the recipes, their engines, and the targets that choose them by default."""
+    """List the recipes: format, engine, and the targets that run the result, choose it, or refuse it and why."""
     recipes = [find_recipe(name) for name in recipe_names()]
-    users = {r.name: [t.name for t in all_targets() if t.default_recipe == r.name] for r in recipes}
+    cells = {r.name: [cell for cell in support_table() if cell.recipe == r.name] for r in recipes}
     if as_json:
-        click.echo(json.dumps([{**r.describe(), "default_of": users[r.name]} for r in recipes], indent=2))
+        documents = [
+            {
+                **r.describe(),
+                "format": result_format(r),
+                "default_of": [cell.target for cell in cells[r.name] if cell.default],
+                "runs_on": [cell.target for cell in cells[r.name] if cell.refused is None],
+                "refused_on": {cell.target: cell.refused for cell in cells[r.name] if cell.refused is not None},
+            }
+            for r in recipes
+        ]
+        click.echo(json.dumps(documents, indent=2))
         return
+    console = Console(highlight=False)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("recipe", "engine", "what", "default of"):
+    for title in ("recipe", "format", "engine", "runs on", "default of", "what"):
         table.add_column(title, overflow="fold")
+    reasons: dict[str, list[str]] = {}
     for r in recipes:
-        table.add_row(r.name, r.engine, r.description, str(len(users[r.name])) + " targets")
-    Console().print(table)
+        runs = [cell for cell in cells[r.name] if cell.refused is None]
+        chosen = sum(cell.default for cell in runs)
+        table.add_row(r.name, result_format(r), r.engine, f"{len(runs)} targets", str(chosen), r.description)
+        for cell in cells[r.name]:
+            if cell.refused is not None:
+                reasons.setdefault(cell.refused, []).append(cell.target)
+    console.print(table)
+    for reason, refused in reasons.items():
+        console.print(f"\nrefused on {', '.join(dict.fromkeys(refused))}: {reason}", markup=False)
 
 
 @command.command(name="show")

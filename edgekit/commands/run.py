@@ -10,10 +10,9 @@ from pathlib import Path
 
 import click
 
-from edgekit.bundle import open_bundle
+from edgekit.bundle import open_bundle, open_engine
 from edgekit.chat import render_chat
 from edgekit.decode import find_strategy, strategy_names
-from edgekit.engines import find_engine
 from edgekit.errors import InputError
 
 
@@ -46,9 +45,12 @@ def command(
     text = sys.stdin.read() if prompt is None else prompt
     if not text.strip():
         raise InputError("a prompt", "none", 'edgekit run BUNDLE "Why is the sky blue?"')
+    system = settings.system if system is None else system
     messages = [{"role": "system", "content": system}] if system else []
-    chat = None if raw else render_chat(opened.path / "tokenizer", [*messages, {"role": "user", "content": text}])
-    with find_engine(settings.engine).open_model(opened.model, settings.options(threads)) as engine:
+    chat = (
+        None if raw else render_chat(opened.path / settings.tokenizer, [*messages, {"role": "user", "content": text}])
+    )
+    with open_engine(opened, threads) as engine:
         # a chat template writes the beginning of text itself
         tokens = engine.tokenize(chat, special=True) if chat else engine.tokenize(text, special=True)
         room = settings.context_tokens - len(tokens)

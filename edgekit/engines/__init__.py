@@ -14,7 +14,7 @@ from edgekit.errors import InputError, suggest
 @cache
 def engine_names() -> tuple[str, ...]:
     """Names of all engines: the files of this room."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
 
 
 def find_engine(name: str) -> EngineModule:

@@ -21,11 +21,13 @@ import numpy.typing as npt
 
 from edgekit.engine import Capabilities, EngineOptions, Entry, FloatArray, StepOutput
 from edgekit.errors import InputError, ToolError, suggest
+from edgekit.formats import llama_state
 
 DISTRIBUTION = "llama-cpp-python"
-RUNS = "gguf"
+RUNS = ("gguf",)
+NEEDS = "a system that llama.cpp compiles for"
 
-KV_TYPES = {"f16": "GGML_TYPE_F16", "q8_0": "GGML_TYPE_Q8_0", "q4_0": "GGML_TYPE_Q4_0"}
+KV_TYPES = ("f16", "q8_0", "q4_0")
 _ERROR_LEVEL, _CONTINUED = 4, 5  # enum ggml_log_level: 0 none, 1 debug, 2 info, 3 warn, 4 error, 5 continuation
 _MAX_CELLS = 1 << 27  # llama.cpp keeps a table of all cells, some 50 bytes each
 _UBATCH_TOKENS = 512  # llama.cpp's default of what it computes at once; more only costs memory
@@ -304,7 +306,7 @@ class LlamaCpp(Vocabulary):
         settings.n_ubatch = min(options.batch_tokens, _UBATCH_TOKENS)
         settings.n_seq_max = options.sequences
         settings.n_threads = settings.n_threads_batch = options.threads or usable_cores()
-        settings.type_k = settings.type_v = getattr(api, KV_TYPES[options.kv_type])
+        settings.type_k = settings.type_v = getattr(api, f"GGML_TYPE_{options.kv_type.upper()}")
         settings.pooling_type = api.LLAMA_POOLING_TYPE_NONE
         settings.kv_unified = True
         # a sliding-window layer keeps what has left its window, so that a rewind finds it
@@ -356,6 +358,11 @@ class LlamaCpp(Vocabulary):
         """Width of an input embedding. llama.cpp takes it as the graph's input: models that scale embeddings differ."""
         return self._embedding_size
 
+    @property
+    def pairs_neighbours(self) -> bool:
+        """Whether RoPE turns dimensions (0, 1), (2, 3)...: the converter then reorders the rows of queries and keys."""
+        return bool(self._api.llama_model_rope_type(self._model) == self._api.LLAMA_ROPE_TYPE_NORM)
+
     def start(self) -> int:
         """Return a new empty sequence. Raises InputError when all are in use."""
         self._check_open()
@@ -399,6 +406,48 @@ class LlamaCpp(Vocabulary):
         self.truncate(sequence, 0)
         del self._lengths[sequence]
         self._free.append(sequence)
+
+    def save(self, sequence: int) -> bytes:
+        """State of a sequence, which `load` takes back: its part of the KV cache as llama.cpp writes it.
+
+        Raises ToolError where it cannot be taken back: an empty sequence, one longer than a sliding window, or an
+        architecture without a KV cache.
+        """
+        self._check_open()
+        length = self.length(sequence)
+        size = self._api.llama_state_seq_get_size(self._ctx, sequence)
+        buffer = (ctypes.c_uint8 * size)()
+        with collect_log() as log:
+            written = self._api.llama_state_seq_get_data(self._ctx, buffer, size, sequence)
+        data = bytes(buffer)
+        try:
+            positions, found = llama_state.read_state(data)[0], _reason(log)
+        except InputError as error:
+            positions, found = -1, error.found
+        if written != size or positions != length:
+            raise ToolError(f"the whole state of {length} positions", found, "use a shorter prefix, or another model")
+        return data
+
+    def load(self, data: bytes) -> int:
+        """Return a new sequence with a saved state. The state is not trusted; no data in it harms the process.
+
+        Raises InputError when all sequences are in use, or the state is malformed, of another model or KV type, or
+        longer than the context; then everything is as it was.
+        """
+        positions, _ = llama_state.read_state(data)
+        if positions > self._context_tokens:
+            wanted = f"a state of at most {self._context_tokens} positions"
+            raise InputError(wanted, str(positions), "open the model with more `context_tokens`")
+        sequence = self.start()
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        with collect_log() as log:
+            read = self._api.llama_state_seq_set_data(self._ctx, buffer, len(data), sequence)
+        if read != len(data):
+            self._api.llama_memory_seq_rm(self._memory, sequence, -1, -1)
+            self.release(sequence)
+            raise InputError(f"a state of this model with this KV type in {self._path}", _reason(log), "build it again")
+        self._lengths[sequence] = positions
+        return sequence
 
     def length(self, sequence: int) -> int:
         """Positions that the sequence holds."""

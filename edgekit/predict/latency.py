@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgekit.formats.gguf import tensor_bytes
 from edgekit.measurement import Measurement
 from edgekit.model import ModelShape, elements
 from edgekit.predict.memory import kv_cache_bytes
@@ -18,7 +17,7 @@ _UNCERTAINTY = 0.35
 def streamed_bytes(tensors: Sequence[Tensor]) -> int:
     """Bytes of weights read for one token: all but an embedding table that is only looked up."""
     untied = any(t.name == "output.weight" for t in tensors)
-    return sum(tensor_bytes(t.type, t.shape) for t in tensors if not (untied and t.name == "token_embd.weight"))
+    return sum(t.nbytes for t in tensors if not (untied and t.name == "token_embd.weight"))
 
 
 def predict_latency(

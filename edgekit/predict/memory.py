@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from edgekit.formats.gguf import tensor_bytes
 from edgekit.model import ModelShape
 
-KV_TYPES = ("f16", "q8_0", "q4_0")
 _CELL_PADDING = 256
 
 

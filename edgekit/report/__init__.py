@@ -30,6 +30,8 @@ class StepRecord(Strict):
     status: Literal["executed", "cached"]
     seconds: float
     """Wall time when it was executed (also shown for a cached step)."""
+    peak_rss_bytes: int | None = None
+    """Most memory that the process held while it was executed."""
 
 
 class TensorGroup(Strict):

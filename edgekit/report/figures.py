@@ -14,6 +14,7 @@ from html import escape
 from typing import Literal
 
 from edgekit.measurement import Measurement
+from edgekit.report import StepRecord
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 BINARY_UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -46,6 +47,11 @@ KNOWN = {
     "peak_rss_bytes": Known("Peak memory", "most memory the process held"),
     "kv_cache_bytes": Known("KV cache"),
     "compute_buffer_bytes": Known("Compute buffers"),
+    "max_logit_difference": Known(
+        "Merge check", "largest difference of a logit to base and adapter unmerged"
+    ),
+    "loss_original_nats": Known("Loss, merged onto the original", "on the calibration text, per token"),
+    "loss_nf4_nats": Known("Loss, merged onto NF4", "on the calibration text, per token"),
     "required_bytes": Known("Memory required"),
     "usable_bytes": Known("Memory usable on the target"),
 }
@@ -112,6 +118,11 @@ def seconds_text(value: float) -> str:
         return f"{round(value) // 60:,} min {round(value) % 60} s"
     factor, unit = _time_scale(value)
     return f"{number(value * factor)} {unit}"
+
+
+def peak_text(step: StepRecord) -> str:
+    """Peak memory of the build while a step ran, where it was recorded."""
+    return "" if step.peak_rss_bytes is None else bytes_text(step.peak_rss_bytes)
 
 
 def _time_scale(value: float) -> tuple[float, str]:

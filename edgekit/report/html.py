@@ -24,6 +24,7 @@ def _template() -> Template:
         number=fig.number,
         percent=fig.percent,
         seconds_text=fig.seconds_text,
+        peak_text=fig.peak_text,
     )
     environment.globals["share_bar"] = lambda value, extent, style="bar": Markup(fig.share_bar(value, extent, style))  # noqa: S704
     return environment.from_string(files("edgekit.report").joinpath("report.html.j2").read_text("utf-8"))

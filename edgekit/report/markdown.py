@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from edgekit.report import Report
-from edgekit.report.figures import bytes_text, clean, exact, number, percent, seconds_text
+from edgekit.report.figures import bytes_text, clean, exact, number, peak_text, percent, seconds_text
 from edgekit.report.summary import (
     Reading,
     divergence_mean,
@@ -62,8 +62,10 @@ def render(report: Report) -> str:
             table(("Result", "Gate", "Bound", "Value", "Kind", "Of"), gates, "lllrll"),
         ]
     if report.steps:
-        steps = ((text(s.stage), s.status, seconds_text(s.seconds), code(s.key[:12])) for s in report.steps)
-        blocks += ["## Steps", table(("Stage", "Status", "Time when executed", "Key"), steps, "llrl")]
+        steps = (
+            (text(s.stage), s.status, seconds_text(s.seconds), peak_text(s), code(s.key[:12])) for s in report.steps
+        )
+        blocks += ["## Steps", table(("Stage", "Status", "Time when executed", "Peak memory", "Key"), steps, "llrrl")]
     if report.measurements:
         measurements = (
             (text(row.title), text(row.of), _stacked(row.measured), _stacked(row.predicted)) for row in rows(report)

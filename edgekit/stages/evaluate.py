@@ -25,14 +25,18 @@ class Params(StageParams):
     windows: PositiveInt | None = None
     """Windows of the reference to read; None reads all."""
 
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """The engine's package."""
+        return (find_engine(self.engine).DISTRIBUTION,)
 
-@stage(version=1, takes="gguf", gives="evaluation", also=("reference",), tools=("llama-cpp-python",))
+
+@stage(version=1, takes="any", gives="evaluation", also=("reference",))
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Compare an artifact, run by its engine, with the source model on held-out text."""
     reference = open_reference(ctx.side["reference"].path)
-    path = next(model.path / name for name in model.manifest.files if name.endswith(".gguf"))
     options = EngineOptions(context_tokens=reference.window_tokens, batch_tokens=reference.window_tokens)
-    with find_engine(params.engine).open_model(path, options) as engine:
+    with find_engine(params.engine).open_model(model.model_path, options) as engine:
         divergence = compare(
             engine, reference, windows=params.windows, progress=lambda done, total: ctx.progress(done, total, "windows")
         )

@@ -1,0 +1,278 @@
+"""What `gptq` and `awq` share: GPTQModel, run in a process of its own.
+
+The library patches transformers on import, keeps threads and files of its own and prints as it likes. A process
+that ends takes all of that with it: `quantize` starts one on this file, in a directory that is removed afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import PositiveInt
+
+import edgekit
+from edgekit.artifact import Artifact
+from edgekit.calibration import Generated, Split, find_text_set, generate_windows
+from edgekit.errors import InputError, ToolError
+from edgekit.formats.safetensors import read_checkpoint
+from edgekit.huggingface import load_tokenizer, open_checkpoint, text_windows
+from edgekit.model import ModelShape, elements, read_config
+from edgekit.stage import Facts, Progress, StageContext, StageParams, Tensor
+from edgekit.stages._quantized import (
+    copy_side_files,
+    is_matrix,
+    store_weights,
+    stored_dtype,
+    write_config,
+    write_json,
+)
+
+Method = Literal["gptq", "awq"]
+AUTO_GROUP_SIZES = (128, 64, 32)
+_META = ("quantizer", "uri", "damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "mse",
+         "act_group_aware")  # fmt: skip
+"""What GPTQModel's `meta` says of the weights; the rest is about the machine, with paths of it."""
+
+
+class CalibratedParams(StageParams):
+    """Parameters of both stages: the calibration text, as for `imatrix`."""
+
+    text_fields: ClassVar[Mapping[str, Split]] = {"text": "calibration"}
+
+    text: str = "python-docs"
+    """A text set, or the path of a file; only its calibration split is used."""
+    windows: PositiveInt = 16
+    window_tokens: PositiveInt = 512
+
+
+def quantize(
+    method: Method,
+    model: Artifact,
+    out: Path,
+    params: CalibratedParams,
+    ctx: StageContext,
+    *,
+    group_size: int,
+    settings: Mapping[str, Any],
+) -> Facts:
+    """Quantize every matrix of the layers, and write the checkpoint as transformers and vLLM read it.
+
+    Weights are computed in float32 and calibrated on `params.windows` token windows, on the GPU where torch has
+    one: which machine computes is not in the key, as for every stage. What is not quantized keeps 16 bits; all
+    files but weights and config are the source's.
+
+    Args:
+        group_size: From `find_group_size`.
+        settings: Further arguments of GPTQModel's `GPTQConfig` or `AWQConfig`.
+
+    Raises ToolError with the library's last line when it fails.
+    """
+    windows = calibration_windows(model, params, ctx.progress)
+    copy_side_files(model, out)
+    config = read_config(model.path)
+    with tempfile.TemporaryDirectory(dir=out) as scratch:
+        np.save(Path(scratch) / "windows.npy", windows)
+        job = {
+            "method": method,
+            "model": str(model.path.absolute()),
+            "out": str(out.absolute()),
+            "dtype": stored_dtype(config),
+            "tied": bool(config.get("tie_word_embeddings", False)),
+            "trust_remote_code": bool(model.facts["trust_remote_code"]),
+            "settings": {**settings, "group_size": group_size},
+        }
+        described = _run(job, Path(scratch), int(model.facts["layers"]), ctx.progress)
+    quantization = described["quantization_config"]
+    write_config(out, config, described["dtype"], quantization)
+    write_json(out / "quantize_config.json", quantization)
+    return {
+        **model.facts,
+        "quantization": method,
+        "bits": quantization["bits"],
+        "group_size": group_size,
+        "tokens": int(windows.size),
+        "text": params.text,
+        "weight_bytes": sum(tensor.nbytes for tensor in read_checkpoint(out).values()),
+    }
+
+
+def calibration_windows(model: Artifact, params: CalibratedParams, progress: Progress) -> npt.NDArray[np.int32]:
+    """Token windows of the calibration text, shape (windows, window_tokens)."""
+    source = find_text_set(params.text).source
+    if isinstance(source, Generated):
+        tokenizer, network = open_checkpoint(model)
+        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return generate_windows(source, network, params.windows, params.window_tokens, bos, progress)
+    tokenizer = load_tokenizer(model.path, trust_remote_code=bool(model.facts["trust_remote_code"]))
+    return text_windows(tokenizer, params.text, "calibration", params.windows, params.window_tokens)
+
+
+def find_group_size(
+    stage: str, tensors: Sequence[Tensor], wanted: int | Literal["auto"], known: Sequence[int], columns: int
+) -> int:
+    """Return inputs per group: `wanted`, or the largest of 128, 64 and 32 that divides the inputs of every matrix.
+
+    Args:
+        stage: Whose parameter it is, for the error.
+        tensors: Planned tensors, those that stay as they are included.
+        known: Group sizes of the format, -1 (one group per output) left out.
+        columns: The format packs so many outputs together.
+
+    Raises InputError, which names a matrix and the group sizes that would do.
+    """
+    matrices = [tensor for tensor in tensors if is_matrix(tensor)]
+    for tensor in matrices:
+        if tensor.shape[1] % columns:
+            wanted_outputs = f"matrices whose outputs are a multiple of {columns}"
+            raise InputError(f"{wanted_outputs}, for {stage}", f"{tensor.shape[1]} of {tensor.name}", "use gguf")
+    divisors = [size for size in known if all(tensor.shape[0] % size == 0 for tensor in matrices)]
+    if wanted == "auto":
+        chosen = next((size for size in AUTO_GROUP_SIZES if size in divisors), None)
+    else:
+        chosen = wanted if wanted == -1 or wanted in divisors else None
+    if chosen is not None:
+        return chosen
+    size = AUTO_GROUP_SIZES[-1] if wanted == "auto" else wanted
+    odd = next(tensor for tensor in matrices if tensor.shape[0] % size)
+    fitting = ", ".join(map(str, divisors)) or "none"
+    raise InputError(
+        f"a group size that divides the inputs of every matrix ({fitting})",
+        f"{wanted} with {odd.shape[0]} inputs of {odd.name}",
+        f"--set {stage}.group_size={divisors[-1]}" if divisors else "use gguf, or another model",
+    )
+
+
+def packed_bytes(values: int, bits: int) -> int:
+    """Bytes of values packed into 32-bit words."""
+    return 4 * ceil(values * bits / 32)
+
+
+def type_name(method: Method, bits: int, group_size: int) -> str:
+    """Name of the storage type of a matrix, e.g. `gptq-int4-g64`; without a group where each output is one."""
+    return f"{method}-int{bits}" + (f"-g{group_size}" if group_size != -1 else "")
+
+
+def calibrated_host_bytes(shape: ModelShape, params: CalibratedParams, kept: int) -> int:
+    """Peak host memory in bytes: two processes with torch, and in the worker embedding and head, two layers with
+    their second moments and a working copy of each, and the calibration's activations, all in float32.
+
+    `kept` counts the activations of a token that are held at once.
+    """
+    matrices = [tensor for tensor in shape.tensors if is_matrix(tensor)]
+    ends = sum(elements(tensor.shape) for tensor in shape.tensors if not tensor.name.startswith("blk."))
+    layer = sum(elements(tensor.shape) + tensor.shape[0] ** 2 for tensor in matrices) // max(1, shape.layers)
+    activations = params.windows * params.window_tokens * kept
+    return (2 << 30) + 4 * (2 * ends + 4 * layer + activations)
+
+
+def _run(job: Mapping[str, Any], scratch: Path, layers: int, progress: Progress) -> dict[str, Any]:
+    """Run the job in a process, report its layers, and return what it says of the result."""
+    (scratch / "job.json").write_text(json.dumps(job))
+    log = scratch / "log"
+    command = [sys.executable, "-P", "-m", __name__]
+    result: dict[str, Any] = {}
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(
+            command, cwd=scratch, env=_environment(scratch), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=errors,
+        ) as process,
+    ):  # fmt: skip
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                message = json.loads(line)
+                if "layer" in message:
+                    progress(message["layer"] + 1, layers, "layers")
+                else:
+                    result = message
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode or not result:
+        raise ToolError(
+            f"a {job['method']} checkpoint from GPTQModel",
+            "it was killed, perhaps for lack of memory" if process.returncode == -9 else _last_line(log),
+            "give more or other calibration text, or fewer windows",
+        )
+    return result
+
+
+def _environment(scratch: Path) -> dict[str, str]:
+    package_root = str(Path(edgekit.__file__).parents[1])
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
+        # one worker is fewer than the two that it asks its own pool for, and it fails
+        "GPTQMODEL_CPU_WORKERS": str(max(2, min(8, cores // 2))),
+        # it would compile CUDA code on first use; the plain path computes the same
+        "GPTQMODEL_DISABLE_GPTQ_CUDA": "1",
+        "GPTQMODEL_TORCH_EXTENSIONS_DIR": str(scratch / "extensions"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TMPDIR": str(scratch),
+    }
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").splitlines()
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no message")
+
+
+def main() -> None:
+    """The process: read job.json and windows.npy of this directory, quantize, write the weights to their place."""
+    # the library prints to stdout; what this process has to say goes out under another number
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    job = json.loads(Path("job.json").read_text())
+
+    import torch
+    from gptqmodel import BACKEND, AWQConfig, GPTQConfig, GPTQModel
+
+    backend = BACKEND.AUTO
+    if job["method"] == "awq":
+        from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+        backend = BACKEND.AWQ_TORCH
+        # it packs from any type of weight; float32 searches without rounding, on most CPUs several times faster
+        AwqTorchLinear.SUPPORTS_DTYPES = [*AwqTorchLinear.SUPPORTS_DTYPES, torch.float32]
+    make = {"gptq": GPTQConfig, "awq": AWQConfig}[job["method"]]
+    settings = make(
+        **job["settings"],
+        device="cuda:0" if torch.cuda.is_available() else "cpu",
+        offload_to_disk=True,
+        offload_to_disk_path="offload",
+        pack_impl="original",  # the others compile code on first use, for the same bits
+    )
+    model = GPTQModel.load(
+        job["model"], settings, dtype=torch.float32, backend=backend, trust_remote_code=job["trust_remote_code"]
+    )
+
+    def on_layer(layer_idx: int, submodule_finalized: bool) -> None:
+        if not submodule_finalized:
+            channel.write(json.dumps({"layer": layer_idx}) + "\n")
+
+    model.layer_callback = on_layer
+    windows = torch.from_numpy(np.load("windows.npy").astype(np.int64))
+    batches = [{"input_ids": window[None], "attention_mask": torch.ones_like(window)[None]} for window in windows]
+    model.quantize(batches, batch_size=1, calibration_sort=None, calibration_data_min_length=1, backend=backend)
+    model.save("saved")
+    quantization = json.loads(Path("saved/config.json").read_text())["quantization_config"]
+    quantization["meta"] = {key: value for key, value in quantization["meta"].items() if key in _META}
+    dtype = store_weights(Path("saved"), Path(job["out"]), job["dtype"], drop=["lm_head.weight"] if job["tied"] else ())
+    channel.write(json.dumps({"quantization_config": quantization, "dtype": dtype}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
