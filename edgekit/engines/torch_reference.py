@@ -21,7 +21,7 @@ from edgekit.errors import InputError, ToolError
 
 DISTRIBUTION = "torch"
 RUNS = ("checkpoint", "checkpoint[gptq]", "checkpoint[awq]", "checkpoint[bnb]")
-NEEDS = "a system that PyTorch runs on"
+NEEDS = "a CUDA GPU or a desktop processor: PyTorch takes about 1 GiB besides the model"
 KV_TYPES = ("f32",)
 
 _UNQUANTIZED = {"f32", "f16"}

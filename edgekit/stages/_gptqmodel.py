@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -242,11 +243,8 @@ def main() -> None:
 
     backend = BACKEND.AUTO
     if job["method"] == "awq":
-        from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
-
         backend = BACKEND.AWQ_TORCH
-        # it packs from any type of weight; float32 searches without rounding, on most CPUs several times faster
-        AwqTorchLinear.SUPPORTS_DTYPES = [*AwqTorchLinear.SUPPORTS_DTYPES, torch.float32]
+        let_awq_run_in_float32()
     make = {"gptq": GPTQConfig, "awq": AWQConfig}[job["method"]]
     settings = make(
         **job["settings"],
@@ -272,6 +270,29 @@ def main() -> None:
     quantization["meta"] = {key: value for key, value in quantization["meta"].items() if key in _META}
     dtype = store_weights(Path("saved"), Path(job["out"]), job["dtype"], drop=["lm_head.weight"] if job["tied"] else ())
     channel.write(json.dumps({"quantization_config": quantization, "dtype": dtype}) + "\n")
+
+
+def let_awq_run_in_float32() -> None:
+    """Let GPTQModel 7.6.0 search AWQ's scales in float32: a third of the CPU time of its half types, and no overflow.
+
+    Its packing refuses float32, for no reason in it. Its search keeps the weights that it restores after each trial
+    as `.to(float32).cpu().contiguous()`, which for float32 on the CPU are the weights under trial themselves.
+    """
+    import torch
+    from gptqmodel.looper.awq_processor import AWQProcessor
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    search = AWQProcessor._compute_best_scale
+
+    def copied(tensor: Any, memory_format: Any = torch.contiguous_format) -> Any:
+        return tensor.clone(memory_format=memory_format)
+
+    def search_on_copies(*arguments: Any, **named: Any) -> Any:
+        with mock.patch.object(torch.Tensor, "contiguous", copied):
+            return search(*arguments, **named)
+
+    AWQProcessor._compute_best_scale = search_on_copies
+    AwqTorchLinear.SUPPORTS_DTYPES = [*AwqTorchLinear.SUPPORTS_DTYPES, torch.float32]
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pydantic import FiniteFloat, PositiveInt
 
 from edgekit.adapter import MERGED, WEIGHTS, Contents, open_adapter, side_adapters
 from edgekit.artifact import Artifact
-from edgekit.calibration import Split
+from edgekit.calibration import Split, find_text_set
 from edgekit.errors import InputError, ToolError
 from edgekit.huggingface import open_checkpoint, quiet, text_windows
 from edgekit.model import ModelShape
@@ -94,7 +94,7 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         "loss_original": losses["original"],
         "loss_nf4": losses["nf4"],
         "loss_unit": "nats/token",
-        "loss_text": params.text,
+        "loss_text": find_text_set(params.text).name,
         "max_logit_difference": difference,
         "logit_change": change,
         "rounding_logit_difference": rounding,

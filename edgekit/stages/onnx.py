@@ -307,7 +307,7 @@ class _Listener(io.TextIOBase):
     def silence(self) -> Any:
         """Redirect standard output and error here; log lines are dropped."""
         disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)
         try:
             with contextlib.redirect_stdout(self), contextlib.redirect_stderr(self):
                 yield

@@ -1,0 +1,104 @@
+"""Decode with edgekit's engine beside onnxruntime-genai's own loop, on one ONNX model, interleaved.
+
+    python benchmarks/onnx_decode.py DIRECTORY [THREADS]
+
+DIRECTORY holds `genai_config.json` and its model, e.g. the bundle of `edgekit build --recipe onnx-int4`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from edgekit.engine import EngineOptions, Entry
+from edgekit.engines.onnxruntime import open_model
+from edgekit.measure.latency import CpuUse, contention_note, median_interval
+
+PROMPT = "The planner reads the header of a checkpoint and says what the result will weigh. " * 8
+PROMPT_TOKENS, DECODE_TOKENS, ROUNDS = 96, 64, 9
+
+Run = Callable[[list[int]], tuple[float, list[int]]]
+
+
+def ours(directory: Path, threads: int) -> tuple[Run, list[int]]:
+    """Greedy tokens through the Engine protocol; the prompt's tokens, too."""
+    engine = open_model(directory, EngineOptions(context_tokens=256, threads=threads, accelerate=False))
+
+    def run(prompt: list[int]) -> tuple[float, list[int]]:
+        sequence = engine.start()
+        logits = engine.step(
+            [Entry(sequence, t, wants_logits=i == len(prompt) - 1) for i, t in enumerate(prompt)]
+        ).logits
+        found = [int(logits[0].argmax())]
+        start = time.perf_counter()
+        while len(found) <= DECODE_TOKENS:
+            found.append(int(engine.step([Entry(sequence, found[-1])]).logits[0].argmax()))
+        seconds = time.perf_counter() - start
+        engine.release(sequence)
+        return DECODE_TOKENS / seconds, found
+
+    return run, engine.tokenize(PROMPT)[:PROMPT_TOKENS]
+
+
+def genai(directory: Path, threads: int) -> Run:
+    """Greedy tokens by the generator of onnxruntime-genai."""
+    import onnxruntime_genai
+
+    config = onnxruntime_genai.Config(str(directory))
+    config.clear_providers()
+    settings = {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+    config.overlay(json.dumps(settings))
+    model = onnxruntime_genai.Model(config)
+
+    def run(prompt: list[int]) -> tuple[float, list[int]]:
+        params = onnxruntime_genai.GeneratorParams(model)
+        params.set_search_options(max_length=256, min_length=256, do_sample=False)
+        generator = onnxruntime_genai.Generator(model, params)
+        generator.append_tokens(prompt)
+        generator.generate_next_token()
+        found = [int(generator.get_next_tokens()[0])]
+        start = time.perf_counter()
+        while len(found) <= DECODE_TOKENS:
+            generator.generate_next_token()
+            found.append(int(generator.get_next_tokens()[0]))
+        return DECODE_TOKENS / (time.perf_counter() - start), found
+
+    return run
+
+
+def main() -> None:
+    """Print medians with 95% intervals and the median of the paired ratios."""
+    directory = Path(sys.argv[1])
+    threads = int(sys.argv[2]) if len(sys.argv) > 2 else 2
+    run_ours, prompt = ours(directory, threads)
+    runs = {"edgekit": run_ours, "onnxruntime-genai": genai(directory, threads)}
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    tokens: dict[str, list[int]] = {}
+    for run in runs.values():
+        run(prompt)
+    before = CpuUse.now()
+    for round_ in range(ROUNDS):
+        # who goes first alternates, so that a slow drift of the machine favours neither
+        for name in sorted(runs, reverse=round_ % 2 == 1):
+            rate, tokens[name] = runs[name](prompt)
+            rates[name].append(rate)
+    note = contention_note(CpuUse.now().since(before))
+    equal = tokens["edgekit"] == tokens["onnxruntime-genai"]
+    for name, samples in rates.items():
+        median, low, high = median_interval(samples)
+        print(f"{name:20} {median:7.1f} tokens/s [{low:.1f}, {high:.1f}]")
+    ratio, low, high = median_interval([a / b for a, b in zip(*rates.values(), strict=True)])
+    print(
+        f"ratio {ratio:.2f} [{low:.2f}, {high:.2f}], {'equal' if equal else 'OTHER'} tokens{f'; {note}' if note else ''}"
+    )
+    medians = {f"{name}_tokens_per_s": statistics.median(found) for name, found in rates.items()}
+    summary = {"benchmark": "onnx_decode", "ratio": ratio, "ratio_low": low, "ratio_high": high, "equal_tokens": equal}
+    print(json.dumps({**summary, "threads": threads, "rounds": ROUNDS, **medians, "note": note}))
+
+
+if __name__ == "__main__":
+    main()
