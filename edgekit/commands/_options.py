@@ -50,7 +50,7 @@ def make_plans(
     """Resolve the arguments to one plan per target; every name is checked before the model is read."""
     overrides = parse_overrides(settings)
     chosen = _choose_targets(targets)
-    recipes = [find_recipe(recipe or target.default_recipe, overrides) for target in chosen]
+    recipes = [find_recipe(target.default_recipe if recipe is None else recipe, overrides) for target in chosen]
     if model is None:
         click.echo(f"no MODEL given: using {BUILTIN}", err=True)
     source = resolve_model(BUILTIN if model is None else model)

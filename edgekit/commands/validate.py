@@ -12,6 +12,7 @@ from rich.table import Table
 
 from edgekit.artifact import CorruptArtifact
 from edgekit.bundle import Bundle, open_bundle
+from edgekit.commands._paths import GivenPath
 from edgekit.devices import DivergenceJob, Job, LatencyJob, Measures, open_device
 from edgekit.errors import GateFailed
 from edgekit.gates import check_gates
@@ -21,7 +22,7 @@ from edgekit.store import Store
 
 
 @click.command(name="validate", short_help="Check a bundle's files and measure it again.")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=GivenPath())
 @click.option("--device", "device_url", default="local", show_default=True, help="Where to measure.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(bundle: Path, device_url: str, as_json: bool) -> None:
