@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jinja2
 import psutil
@@ -19,14 +19,16 @@ from pydantic import ValidationError
 import edgekit
 from edgekit.artifact import CorruptArtifact, FileEntry, canonical_sha256, describe_files, file_sha256, relative_files
 from edgekit.build import Built
-from edgekit.config import Strict
+from edgekit.config import Strict, explain
 from edgekit.engine import EngineOptions
-from edgekit.errors import InputError, ToolError
+from edgekit.errors import InputError
 from edgekit.plan import Plan
 from edgekit.report import Report
 from edgekit.report.write import write_report
-from edgekit.store import explain_disk
+from edgekit.store import explain_disk, require_writable
 from edgekit.tools import copy_file, tool_version
+
+M = TypeVar("M", bound=Strict)
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
@@ -87,26 +89,38 @@ class Bundle:
         """Compare every file with the manifest. Raises CorruptArtifact."""
         for name, entry in {**self.manifest.files, **self.manifest.measurements}.items():
             path = self.path / name
-            if not path.is_file() or path.stat().st_size != entry.bytes or file_sha256(path) != entry.sha256:
-                raise CorruptArtifact(
-                    f"sha256 {entry.sha256[:12]}... in {path}", "other content", "build the bundle again"
-                )
+            if not path.is_file():
+                raise CorruptArtifact(f"the file {path} of the manifest", "no such file", _REBUILD)
+            if path.stat().st_size != entry.bytes or file_sha256(path) != entry.sha256:
+                raise CorruptArtifact(f"sha256 {entry.sha256[:12]}... in {path}", "other content", _REBUILD)
 
 
 def open_bundle(path: Path) -> Bundle:
     """Read a bundle's manifest and settings. Raises InputError when the directory is not a bundle."""
-    try:
-        manifest = BundleManifest.model_validate_json((path / MANIFEST).read_bytes())
-        settings = Settings.model_validate_json((path / SETTINGS).read_bytes())
-    except FileNotFoundError:
-        raise InputError("a bundle directory", f"no {MANIFEST} in {path}", "edgekit build --target local") from None
-    except (OSError, ValidationError) as error:
-        first = str(error).partition("\n")[0]
-        raise InputError("a bundle of this edgekit", f"{path / MANIFEST}: {first}", "build the bundle again") from None
+    if not (path / MANIFEST).is_file():
+        found = f"no {MANIFEST} in {path}" if path.is_dir() else f"{path}, a file" if path.exists() else f"no {path}"
+        raise InputError("a bundle directory", found, "edgekit build --target local")
+    manifest = _read(path / MANIFEST, BundleManifest)
+    settings = _read(path / SETTINGS, Settings)
     for name in (*manifest.files, *manifest.measurements, settings.model):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"files inside {path}", f"{name!r} in its manifest or settings", "do not use this bundle")
     return Bundle(path, manifest, settings)
+
+
+def _read(path: Path, model: type[M]) -> M:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        found = f"{path}: {error.strerror}"
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {explain(model, e)}".removeprefix(": ") for e in error.errors()]
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        found = f"{path}: {'; '.join(problems[:3])}{more}"
+    raise InputError("a bundle of this edgekit", found, _REBUILD) from None
+
+
+_REBUILD = "build the bundle again"
 
 
 def check_place(final: Path) -> None:
@@ -118,10 +132,7 @@ def check_place(final: Path) -> None:
         raise InputError(
             f"a bundle or nothing at {final}", "something else, which is left alone", "choose another --out"
         )
-    place = next(parent for parent in final.absolute().parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        found = "no permission to write" if place.is_dir() else "a file"
-        raise ToolError(f"a writable directory at {place}", found, "choose another --out")
+    require_writable(final.parent, "choose another --out")
     for left in final.parent.glob(f".{final.name}.*"):
         owner = re.fullmatch(r"(part|old)-(\d+)", left.name.removeprefix(f".{final.name}."))
         if owner is None or psutil.pid_exists(int(owner[2])):

@@ -16,6 +16,7 @@ import tiny
 from edgekit.engine import EngineOptions
 from edgekit.engines.llama_cpp import open_model
 from edgekit.errors import InputError
+from edgekit.store import require_writable
 
 ROOT = Path(__file__).parent.parent
 
@@ -164,3 +165,97 @@ def test_a_system_message_is_never_dropped(bundles: Any, tmp_path: Path) -> None
 def test_as_many_threads_as_ggml_takes(bundles: Any) -> None:
     with pytest.raises(InputError, match="at most 512 threads"):
         open_model(bundles.model, EngineOptions(threads=100_000))
+
+
+# --- places
+
+
+@pytest.mark.parametrize("place", ["/proc/nope", "/proc/nope/deeper"])
+def test_a_store_that_cannot_be_made(place: str, tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", place)
+    result = tiny.edgekit("build", tiny_hf, "-t", "jetson", "--out", tmp_path / "dist")
+    told(result, 5, f"a writable directory at {place}", "No such file or directory in /proc", "set EDGEKIT_CACHE")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_out_that_cannot_be_made_is_said_before_the_work(tiny_hf: Path, empty_store: Any) -> None:
+    result = tiny.edgekit("build", tiny_hf, "-t", "jetson", "--out", "/proc/x")
+    told(result, 5, "a writable directory at /proc/x", "choose another --out")
+    assert [path.name for path in empty_store.root.iterdir()] == ["tools"]
+
+
+def test_the_place_of_every_target_is_looked_at_before_the_first_is_built(
+    tiny_hf: Path, empty_store: Any, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "dist" / "raspberry-pi-5"
+    theirs.mkdir(parents=True)
+    (theirs / "thesis.tex").touch()
+    result = tiny.edgekit("build", tiny_hf, "-t", "jetson", "-t", "pi", "--out", tmp_path / "dist", *tiny.QUICK)
+    told(result, 2, "something else, which is left alone")
+    assert [path.name for path in empty_store.root.iterdir()] == ["tools"]
+
+
+def test_nothing_is_left_of_trying_a_place(tmp_path: Path) -> None:
+    require_writable(tmp_path / "a" / "b", "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["ls", "verify", "gc"])
+def test_a_store_that_is_a_file(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "file"))
+    told(tiny.edgekit("cache", command), 5, f"a writable directory at {tmp_path / 'file'}", "set EDGEKIT_CACHE")
+
+
+@pytest.mark.parametrize("place", ["file", "/proc/nope"])
+def test_doctor_tries_the_store(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / place))
+    result = tiny.edgekit("doctor", "--json")
+    assert result.code == 5
+    (store,) = [finding for finding in result.json["findings"] if finding["name"] == "store"]
+    assert "is not writable" in store["found"]
+    assert "EDGEKIT_CACHE" in store["fix"]
+    assert not any(result.json["recipes"].values())
+
+
+# --- bundles
+
+
+@pytest.fixture
+def bundle(bundles: Any, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundles.jetson, tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "model.gguf", "report.md"])
+def test_a_missing_file_is_called_missing(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    told(tiny.edgekit("validate", bundle), 5, f"the file {bundle / name}", "no such file")
+
+
+def test_what_is_wrong_with_a_bundle_is_said_of_the_right_file(bundle: Path, tmp_path: Path) -> None:
+    settings, manifest = bundle / "settings.json", bundle / "manifest.json"
+    good = settings.read_text()
+    settings.unlink()
+    told(tiny.edgekit("run", bundle, "hi"), 2, f"{settings}: No such file")
+    settings.write_text('{"engine": 3}')
+    told(tiny.edgekit("run", bundle, "hi"), 2, f"{settings}: engine: ", "context_tokens: is required", "and 1 more")
+    settings.write_text("{")
+    told(tiny.edgekit("run", bundle, "hi"), 2, f"{settings}: Invalid JSON")
+    settings.write_text(good)
+    manifest.write_text("{}")
+    told(tiny.edgekit("run", bundle, "hi"), 2, f"{manifest}: edgekit_version: is required", "and 6 more")
+    manifest.unlink()
+    told(tiny.edgekit("run", bundle, "hi"), 2, f"no manifest.json in {bundle}")
+    told(tiny.edgekit("run", settings, "hi"), 2, f"{settings}, a file")
+    told(tiny.edgekit("run", tmp_path / "nowhere", "hi"), 2, f"no {tmp_path / 'nowhere'}")
+
+
+def test_validate_shows_the_gates(bundles: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(bundles.store.root))
+    done = tiny.edgekit("validate", bundle)
+    assert done.code == 0, done.stderr
+    assert done.stdout.count("gate passed: ") == 2
+    assert "gate passed: kl_divergence_nats <= 0.3, found " in done.stdout
+    monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "empty"))
+    assert "gates: 2 not checked" in tiny.edgekit("validate", bundle).stdout

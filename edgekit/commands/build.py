@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from edgekit.artifact import Artifact
+from edgekit.bundle import check_place
 from edgekit.commands import plan as plan_command
 from edgekit.commands._options import make_plans, planning_options
 from edgekit.commands._paths import GivenPath
@@ -43,6 +44,8 @@ def command(ctx: click.Context, /, as_json: bool, out: Path, device_url: str, dr
     plans = make_plans(**arguments)
     for plan in plans:
         check_fit(plan)
+    for plan in plans:
+        check_place(out / plan.target.name)
     store = Store.default()
     delivered = []
     verified: dict[str, Artifact] = {}

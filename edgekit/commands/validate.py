@@ -63,8 +63,12 @@ def command(bundle: Path, device_url: str, as_json: bool) -> None:
         for measurement in result.measurements:
             table.add_row(measurement.name, shown(measurement).text)
         console.print(table)
+        for gate in checked:
+            sure = "" if gate.certain else ", uncertain: its interval crosses the bound"
+            console.print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.bound}, found {gate.value:g}{sure}")
         if not reference:
             console.print("accuracy: not measured, the store no longer has the source model's log-probabilities")
+            console.print(f"gates: {len(gates)} not checked, for they need accuracy")
     failed = [f"{gate.bound}, found {gate.value:g}" for gate in checked if not gate.passed]
     if failed:
         raise GateFailed("every gate of the recipe kept", "; ".join(failed), "open the report", documented=True)
