@@ -90,9 +90,11 @@ class _Run:
         key = self._key(index)
         record = self.store.lookup(key)
         if record and index not in self.records:
-            stage = self.plan.steps[index].stage.name
-            self.records[index] = StepRecord(stage=stage, key=key, status="cached", seconds=record.seconds)
-            self.events.finished(self.plan.steps[index].label, "cached", record.seconds)
+            step = self.plan.steps[index]
+            self.records[index] = StepRecord(
+                stage=step.stage.name, of=step.checks, key=key, status="cached", seconds=record.seconds
+            )
+            self.events.finished(step.label, "cached", record.seconds)
         return record
 
     def _inputs(self, index: int) -> list[int]:
@@ -143,7 +145,9 @@ class _Run:
         inputs = tuple(self.digest(i) for i in self._inputs(index))
         artifact, record, executed = self.store.execute(key, step.stage.name, inputs, produce)
         status: Literal["executed", "cached"] = "executed" if executed else "cached"
-        self.records[index] = StepRecord(stage=step.stage.name, key=key, status=status, seconds=record.seconds)
+        self.records[index] = StepRecord(
+            stage=step.stage.name, of=step.checks, key=key, status=status, seconds=record.seconds
+        )
         self.events.finished(step.label, status, record.seconds)
         self.verified[artifact.digest] = artifact
         return artifact

@@ -243,10 +243,10 @@ def _readme(plan: Plan, built: Built) -> str:
 
 
 _INSTALL = {
-    "none": "pip install 'edgekit[gguf]'",
-    "cuda": "CMAKE_ARGS=-DGGML_CUDA=on pip install 'edgekit[gguf]'",
-    "metal": "CMAKE_ARGS=-DGGML_METAL=on pip install 'edgekit[gguf]'",
-    "vulkan": "CMAKE_ARGS=-DGGML_VULKAN=on pip install 'edgekit[gguf]'",
-    "sycl": "CMAKE_ARGS=-DGGML_SYCL=on pip install 'edgekit[gguf]'",
+    "none": "pip install --constraint constraints.txt -e '.[gguf]'",
+    "cuda": "CMAKE_ARGS=-DGGML_CUDA=on pip install --constraint constraints.txt -e '.[gguf]'",
+    "metal": "CMAKE_ARGS=-DGGML_METAL=on pip install --constraint constraints.txt -e '.[gguf]'",
+    "vulkan": "CMAKE_ARGS=-DGGML_VULKAN=on pip install --constraint constraints.txt -e '.[gguf]'",
+    "sycl": "CMAKE_ARGS=-DGGML_SYCL=on pip install --constraint constraints.txt -e '.[gguf]'",
 }
 """How llama-cpp-python is built for an accelerator."""

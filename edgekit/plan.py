@@ -98,7 +98,7 @@ def make_plan(
         raise InputError(
             f"a recipe for an engine of {target.name} ({', '.join(target.engines)})",
             f"{recipe.name}, which needs {recipe.engine}",
-            f"--recipe {target.default_recipe}",
+            "edgekit recipes list" if recipe.name == target.default_recipe else f"--recipe {target.default_recipe}",
         )
     shape = model_shape(source.artifact)
     if context_tokens is not None and context_tokens > shape.context_tokens:
@@ -109,8 +109,7 @@ def make_plan(
     context = min(context_tokens or target.context_tokens, shape.context_tokens)
     steps, result = _resolve_steps(source, recipe)
     for step in steps:
-        for name, split in step.params.text_fields.items():
-            check_text(getattr(step.params, name), split)
+        _check_texts(step, shape)
     tensors, notes = _predict_tensors(shape.tensors, steps, result)
     weight_bytes = sum(tensor_bytes(t.type, t.shape) for t in tensors)
     memory = plan_memory(shape, weight_bytes, target.memory.usable_bytes.value, context, kv_type)
@@ -128,6 +127,21 @@ def make_plan(
         predictions=tuple(_predictions(target, shape, tensors, memory, context, kv_type)),
         notes=tuple(notes),
     )
+
+
+def _check_texts(step: Step, shape: ModelShape) -> None:
+    """Raise InputError where a step's windows are longer than the model's context or than its text has tokens."""
+    # a recipe states the parameters of `reference` under `evaluation`
+    place = "evaluation" if step.stage.gives == "reference" else step.stage.name
+    windows, length = (getattr(step.params, name, 1) for name in ("windows", "window_tokens"))
+    if length > shape.context_tokens:
+        raise InputError(
+            f"windows of at most {shape.context_tokens} tokens, the model's context",
+            f"{place}.window_tokens={length}",
+            f"--set {place}.window_tokens={shape.context_tokens}",
+        )
+    for name, split in step.params.text_fields.items():
+        check_text(getattr(step.params, name), split, windows * length)
 
 
 def check_fit(plan: Plan, *, documented: bool = False) -> None:

@@ -5,18 +5,29 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import tiny
 
+from edgekit.calibration import check_text, pieces, token_windows
 from edgekit.engine import EngineOptions
 from edgekit.engines.llama_cpp import open_model
 from edgekit.errors import InputError
-from edgekit.store import require_writable
+from edgekit.formats.gguf import read_header
+from edgekit.model import resolve_model
+from edgekit.plan import make_plan
+from edgekit.recipe import find_recipe
+from edgekit.store import Store, require_writable
+from edgekit.target import CATALOG as TARGETS
+from edgekit.target import find_target
+from edgekit.tools import run_tool
 
 ROOT = Path(__file__).parent.parent
 
@@ -259,3 +270,138 @@ def test_validate_shows_the_gates(bundles: Any, bundle: Path, monkeypatch: pytes
     assert "gate passed: kl_divergence_nats <= 0.3, found " in done.stdout
     monkeypatch.setenv("EDGEKIT_CACHE", str(tmp_path / "empty"))
     assert "gates: 2 not checked" in tiny.edgekit("validate", bundle).stdout
+
+
+# --- everything that is wrong at once, and before the work
+
+
+def test_a_target_names_only_engines_and_recipes_that_exist(tmp_path: Path) -> None:
+    text = (TARGETS / "raspberry-pi-5.yaml").read_text().replace("engines: [llama_cpp]", "engines: [llama_cp, tensort]")
+    lines = text.replace("default_recipe: gguf-q4-0", "default_recipe: gguf-q40").splitlines()
+    path = tmp_path / "board.yaml"
+    path.write_text("\n".join(lines))
+    row = {name: 1 + next(i for i, line in enumerate(lines) if line.startswith(name)) for name in ("engines", "default")}
+    result = tiny.edgekit("plan", "--target", path)
+    told(
+        result,
+        2,
+        f"{path}:{row['engines']}: engines.0: unknown engine (did you mean 'llama_cpp'?)",
+        f"{path}:{row['engines']}: engines.1: unknown engine",
+        f"{path}:{row['default']}: default_recipe: unknown recipe (did you mean 'gguf-q4",
+        "name: must be 'board'",
+    )
+
+
+def test_the_recipe_that_failed_is_not_the_advice(tiny_hf: Path) -> None:
+    target = find_target("pi")
+    elsewhere = target.model_copy(update={"engines": ("another",)})
+    with pytest.raises(InputError) as caught:
+        make_plan(resolve_model(str(tiny_hf)), find_recipe(target.default_recipe), elsewhere)
+    assert caught.value.next_command == "edgekit recipes list"
+    with pytest.raises(InputError) as caught:
+        make_plan(resolve_model(str(tiny_hf)), find_recipe("gguf-q8"), elsewhere)
+    assert caught.value.next_command == f"--recipe {target.default_recipe}"
+
+
+def test_gates_are_checked_together_with_everything_else(write_recipe: Any) -> None:
+    path = write_recipe(
+        "name: mine\ndescription: x\nengine: llama_cp\nextra: 1\nstages:\n  - convert: {tipe: f16}\n"
+        "gates:\n  - {measure: perplexitty, max: 1}\n  - {measure: perplexity, of: konvert, max: 1}\n"
+    )
+    told(
+        tiny.edgekit("plan", "-t", "jetson", "--recipe", path),
+        2,
+        f"{path}:3: engine: unknown engine",
+        f"{path}:4: extra: unknown field",
+        f"{path}:6: stages.0.convert.tipe: unknown field",
+        f"{path}:8: gates.0.measure: unknown measurement (did you mean 'perplexity'?)",
+        f"{path}:9: gates.1.of: 'konvert' is not one of",
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "texts"),
+    [
+        ("imatrix.windows=100000000", ("tokens of calibration text in 'python-docs'", "fewer windows")),
+        ("imatrix.window_tokens=1025", ("imatrix.window_tokens=1025", "--set imatrix.window_tokens=1024")),
+        ("evaluation.windows=100000", ("tokens of evaluation text in 'python-docs'", "fewer windows")),
+        ("evaluation.window_tokens=100000", ("the model's context", "--set evaluation.window_tokens=1024")),
+        ("evaluation.window_tokens=2", ("evaluation.window_tokens", "greater than or equal to 3")),
+        ("imatrix.text=generated imatrix.windows=100000000", ("tokens of calibration text in 'generated'",)),
+    ],
+)
+def test_windows_that_cannot_be_are_refused_by_the_plan(setting: str, texts: tuple[str, ...], tiny_hf: Path) -> None:
+    settings = [part for text in setting.split() for part in ("--set", text)]
+    told(tiny.edgekit("plan", tiny_hf, "-t", "jetson", *settings), 2, *texts)
+
+
+def test_a_text_may_hold_what_the_plan_lets_pass(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(f"document {index} says something of its own " * 60 for index in range(40)))
+    size = sum(len(piece.encode()) for piece in pieces(str(path), "calibration"))
+    check_text(str(path), "calibration", size)
+    # a byte-level tokenizer makes a token of each byte
+    assert token_windows(str(path), "calibration", 1, size, lambda text: list(text.encode()), None).size == size
+    with pytest.raises(InputError, match="fewer windows"):
+        check_text(str(path), "calibration", 2 * size)
+
+
+# --- the licence
+
+
+def test_the_licence_goes_on_into_the_file(warm_store: Store, tiny_hf: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_hf, tmp_path / "model"))
+    (model / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    plan = tiny.plan_of(model, "gguf-q8", "gguf.type=F16")
+    first = Path(shutil.copyfile(tiny.build_in(warm_store, plan).result.path / "model.gguf", tmp_path / "first.gguf"))
+    assert resolve_model(str(first)).artifact.facts["licence"] == "mit"
+    # an imported file has no model card
+    again = tiny.build_in(warm_store, tiny.plan_of(first, "gguf-q8")).result.path / "model.gguf"
+    assert resolve_model(str(again)).artifact.facts["licence"] == "mit"
+
+
+def test_an_unknown_licence_stays_unknown(bundles: Any) -> None:
+    assert "general.license" not in read_header(bundles.model).metadata
+
+
+# --- tools
+
+
+@pytest.mark.parametrize("group", [True, False])
+def test_an_interrupt_during_the_conversion_is_called_one(
+    group: bool, warm_store: Store, tiny_hf: Path, tmp_path: Path
+) -> None:
+    fake, marker = tmp_path / "llama.cpp", tmp_path / "started"
+    fake.mkdir()
+    # says when it was interrupted, and is slow to end
+    (fake / "convert_hf_to_gguf.py").write_text(
+        f"import os, pathlib, time\np = pathlib.Path({str(marker)!r})\np.write_text(str(os.getpid()))\n"
+        f"try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    p.write_text('interrupted')\n    os._exit(1)\n"
+    )
+    command = [sys.executable, "-m", "edgekit", "build", str(tiny_hf), "-t", "jetson", *tiny.QUICK]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "dist")],
+        env={**environment(), "EDGEKIT_LLAMA_CPP": str(fake)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not (marker.exists() and marker.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    converter = int(marker.read_text())
+    if group:
+        os.killpg(process.pid, signal.SIGINT)  # what ctrl-C does
+    else:
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert "interrupted: finished steps are kept" in errors
+    assert marker.read_text() == str(converter)
+    assert not psutil.pid_exists(converter)
+
+
+def test_a_tool_gives_its_output_and_its_code() -> None:
+    done = run_tool([sys.executable, "-c", "import sys; print('out'); sys.exit('err')"])
+    assert (done.returncode, done.stdout, done.stderr) == (1, "out\n", "err\n")
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

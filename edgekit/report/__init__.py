@@ -26,10 +26,17 @@ class StepRecord(Strict):
     """One step of the build."""
 
     stage: str
+    of: str | None = None
+    """For an evaluation: what it evaluates."""
     key: str
     status: Literal["executed", "cached"]
     seconds: float
     """Wall time when it was executed (also shown for a cached step)."""
+
+    @property
+    def label(self) -> str:
+        """The stage, and for an evaluation what it evaluates."""
+        return f"{self.stage} {self.of}" if self.of else self.stage
 
 
 class TensorGroup(Strict):

@@ -62,8 +62,8 @@ def render(report: Report) -> str:
             table(("Result", "Gate", "Bound", "Value", "Kind", "Of"), gates, "lllrll"),
         ]
     if report.steps:
-        steps = ((text(s.stage), s.status, seconds_text(s.seconds), code(s.key[:12])) for s in report.steps)
-        blocks += ["## Steps", table(("Stage", "Status", "Time when executed", "Key"), steps, "llrl")]
+        steps = ((text(s.label), s.status, seconds_text(s.seconds), code(s.key[:12])) for s in report.steps)
+        blocks += ["## Steps", table(("Step", "Status", "Time when executed", "Key"), steps, "llrl")]
     if report.measurements:
         measurements = (
             (text(row.title), text(row.of), _stacked(row.measured), _stacked(row.predicted)) for row in rows(report)
