@@ -48,7 +48,7 @@ class Evaluation(Strict):
     text: str = "python-docs"
     """A text set, or the path of a file; only its evaluation split is used."""
     windows: PositiveInt = 8
-    window_tokens: int = Field(512, ge=3)
+    window_tokens: int = Field(default=512, ge=3)
     """Length of a window; its second half is scored."""
 
 

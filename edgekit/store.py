@@ -359,9 +359,7 @@ def explain_disk(place: Path, advice: str = "choose another place") -> Iterator[
             raise _disk_full(place) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             where = error.filename or place
-            raise ToolError(
-                f"a writable directory at {place}", f"{error.strerror}: {where}", advice
-            ) from None
+            raise ToolError(f"a writable directory at {place}", f"{error.strerror}: {where}", advice) from None
         raise
     except Exception as error:
         if "No space left" in str(error) or "os error 28" in str(error):

@@ -11,7 +11,6 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 from typing_extensions import TypeAliasType
 
 from edgekit.config import Document, Strict
-from edgekit.engines import engine_names
 from edgekit.errors import InputError, suggest
 
 CATALOG = Path(__file__).parent / "catalog" / "targets"
@@ -165,7 +164,9 @@ def load_target(path: Path) -> Target:
 
 
 def _check_names(document: Document) -> None:
-    from edgekit.recipe import recipe_names  # recipes know targets, too
+    # imported here, for both lie above targets
+    from edgekit.engines import engine_names
+    from edgekit.recipe import recipe_names
 
     raw = document.value if isinstance(document.value, dict) else {}
     recipe, engines = raw.get("default_recipe"), raw.get("engines")

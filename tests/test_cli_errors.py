@@ -182,7 +182,9 @@ def test_as_many_threads_as_ggml_takes(bundles: Any) -> None:
 
 
 @pytest.mark.parametrize("place", ["/proc/nope", "/proc/nope/deeper"])
-def test_a_store_that_cannot_be_made(place: str, tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_be_made(
+    place: str, tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("EDGEKIT_CACHE", place)
     result = tiny.edgekit("build", tiny_hf, "-t", "jetson", "--out", tmp_path / "dist")
     told(result, 5, f"a writable directory at {place}", "No such file or directory in /proc", "set EDGEKIT_CACHE")
@@ -280,7 +282,9 @@ def test_a_target_names_only_engines_and_recipes_that_exist(tmp_path: Path) -> N
     lines = text.replace("default_recipe: gguf-q4-0", "default_recipe: gguf-q40").splitlines()
     path = tmp_path / "board.yaml"
     path.write_text("\n".join(lines))
-    row = {name: 1 + next(i for i, line in enumerate(lines) if line.startswith(name)) for name in ("engines", "default")}
+    row = {
+        name: 1 + next(i for i, line in enumerate(lines) if line.startswith(name)) for name in ("engines", "default")
+    }
     result = tiny.edgekit("plan", "--target", path)
     told(
         result,

@@ -43,7 +43,9 @@ def command(
     Text streams to stdout as it is decoded.
     """
     if raw and system is not None:
-        raise InputError("--system or --raw", "both: --raw leaves out the template that a system message needs", "drop one")
+        raise InputError(
+            "--system or --raw", "both: --raw leaves out the template that a system message needs", "drop one"
+        )
     opened = open_bundle(bundle)
     settings = opened.settings
     generate = find_strategy(settings.strategy if strategy is None else strategy)

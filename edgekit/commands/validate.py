@@ -63,9 +63,9 @@ def command(bundle: Path, device_url: str, as_json: bool) -> None:
         for measurement in result.measurements:
             table.add_row(measurement.name, shown(measurement).text)
         console.print(table)
-        for gate in checked:
-            sure = "" if gate.certain else ", uncertain: its interval crosses the bound"
-            console.print(f"gate {'passed' if gate.passed else 'FAILED'}: {gate.bound}, found {gate.value:g}{sure}")
+        for outcome in checked:
+            word, sure = "passed" if outcome.passed else "FAILED", "" if outcome.certain else " (uncertain)"
+            console.print(f"gate {word}: {outcome.bound}, found {outcome.value:g}{sure}")
         if not reference:
             console.print("accuracy: not measured, the store no longer has the source model's log-probabilities")
             console.print(f"gates: {len(gates)} not checked, for they need accuracy")
