@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -409,3 +410,25 @@ def test_a_tool_gives_its_output_and_its_code() -> None:
     done = run_tool([sys.executable, "-c", "import sys; print('out'); sys.exit('err')"])
     assert (done.returncode, done.stdout, done.stderr) == (1, "out\n", "err\n")
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+# --- small things
+
+
+def test_advice_names_what_can_be_chosen(tiny_hf: Path, tmp_path: Path) -> None:
+    result = tiny.edgekit("plan", tiny_hf, "-t", "jetson", "--set", "gguf.type=Z9")
+    told(result, 2, "not a file type of llama.cpp (one of F32, ", "Q4_K_M", "MXFP4_MOE")
+    assert "token_embedding_type" not in result.stderr
+    told(tiny.edgekit("build", tiny_hf, "-t", "jetson", "--device", "foo"), 2, "wanted a device (local", "found 'foo'")
+    result = tiny.edgekit("plan", tmp_path, "-t", "jetson")
+    told(result, 2, "name the directory that holds the model, or a hub id")
+    assert "hf download" not in result.stderr
+
+
+def test_measuring_is_told_and_steps_say_what_they_evaluate(
+    bundles: Any, tiny_hf: Path, warm_store: Store, tmp_path: Path
+) -> None:
+    result = tiny.edgekit("build", tiny_hf, "-t", "jetson", *tiny.QUICK, "--out", tmp_path / "dist", "--json")
+    assert re.search(r"^  measure +\d+\.\d s$", result.stderr, re.MULTILINE), result.stderr
+    evaluated = [step["of"] for step in result.json["targets"][0]["steps"] if step["stage"] == "evaluate"]
+    assert evaluated == ["convert", "bundle"]
