@@ -9,7 +9,7 @@ from typing import Literal
 from edgekit.artifact import Artifact, CorruptArtifact
 from edgekit.errors import ToolError
 from edgekit.measure.memory import peak_rss_bytes, reset_peak_rss
-from edgekit.plan import Plan, step_key
+from edgekit.plan import Plan, Step, step_key
 from edgekit.report import StepRecord
 from edgekit.stage import StageContext
 from edgekit.store import Produced, Record, Store
@@ -61,8 +61,15 @@ def build(plan: Plan, store: Store, events: BuildEvents, verified: dict[str, Art
     return _Run(plan, store, events, {} if verified is None else verified).everything()
 
 
-def _step_record(stage: str, key: str, status: Literal["executed", "cached"], record: Record) -> StepRecord:
-    return StepRecord(stage=stage, key=key, status=status, seconds=record.seconds, peak_rss_bytes=record.peak_rss_bytes)
+def _step_record(step: Step, key: str, status: Literal["executed", "cached"], record: Record) -> StepRecord:
+    return StepRecord(
+        stage=step.stage.name,
+        of=step.checks,
+        key=key,
+        status=status,
+        seconds=record.seconds,
+        peak_rss_bytes=record.peak_rss_bytes,
+    )
 
 
 class _Run:
@@ -104,9 +111,9 @@ class _Run:
         key = self._key(index)
         record = self.store.lookup(key)
         if record and index not in self.records:
-            stage = self.plan.steps[index].stage.name
-            self.records[index] = _step_record(stage, key, "cached", record)
-            self.events.finished(self.plan.steps[index].label, "cached", record.seconds)
+            step = self.plan.steps[index]
+            self.records[index] = _step_record(step, key, "cached", record)
+            self.events.finished(step.label, "cached", record.seconds)
         return record
 
     def _key(self, index: int) -> str:
@@ -153,7 +160,7 @@ class _Run:
         inputs = tuple(self.digest(i) for i in step.inputs)
         artifact, record, executed = self.store.execute(key, step.stage.name, inputs, produce)
         status: Literal["executed", "cached"] = "executed" if executed else "cached"
-        self.records[index] = _step_record(step.stage.name, key, status, record)
+        self.records[index] = _step_record(step, key, status, record)
         self.events.finished(step.label, status, record.seconds)
         self.verified[artifact.digest] = artifact
         return artifact

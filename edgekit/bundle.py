@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import jinja2
 import psutil
@@ -27,16 +27,18 @@ from edgekit.artifact import (
     relative_files,
 )
 from edgekit.build import Built
-from edgekit.config import Strict
+from edgekit.config import Strict, explain
 from edgekit.engine import Engine, EngineOptions
 from edgekit.engines import find_engine
-from edgekit.errors import InputError, ToolError
+from edgekit.errors import InputError
 from edgekit.plan import Plan
 from edgekit.prefix import Prefixed, StateEngine, load_prefix
 from edgekit.report import Report
 from edgekit.report.write import write_report
-from edgekit.store import explain_disk
+from edgekit.store import explain_disk, require_writable
 from edgekit.tools import copy_file, tool_version
+
+M = TypeVar("M", bound=Strict)
 
 MANIFEST = "manifest.json"
 SETTINGS = "settings.json"
@@ -112,22 +114,19 @@ class Bundle:
         """Compare every file with the manifest. Raises CorruptArtifact."""
         for name, entry in {**self.manifest.files, **self.manifest.measurements}.items():
             path = self.path / name
-            if not path.is_file() or path.stat().st_size != entry.bytes or file_sha256(path) != entry.sha256:
-                raise CorruptArtifact(
-                    f"sha256 {entry.sha256[:12]}... in {path}", "other content", "build the bundle again"
-                )
+            if not path.is_file():
+                raise CorruptArtifact(f"the file {path} of the manifest", "no such file", _REBUILD)
+            if path.stat().st_size != entry.bytes or file_sha256(path) != entry.sha256:
+                raise CorruptArtifact(f"sha256 {entry.sha256[:12]}... in {path}", "other content", _REBUILD)
 
 
 def open_bundle(path: Path) -> Bundle:
     """Read a bundle's manifest and settings. Raises InputError when the directory is not a bundle."""
-    try:
-        manifest = BundleManifest.model_validate_json((path / MANIFEST).read_bytes())
-        settings = Settings.model_validate_json((path / SETTINGS).read_bytes())
-    except FileNotFoundError:
-        raise InputError("a bundle directory", f"no {MANIFEST} in {path}", "edgekit build --target local") from None
-    except (OSError, ValidationError) as error:
-        first = str(error).partition("\n")[0]
-        raise InputError("a bundle of this edgekit", f"{path / MANIFEST}: {first}", "build the bundle again") from None
+    if not (path / MANIFEST).is_file():
+        found = f"no {MANIFEST} in {path}" if path.is_dir() else f"{path}, a file" if path.exists() else f"no {path}"
+        raise InputError("a bundle directory", found, "edgekit build --target local")
+    manifest = _read(path / MANIFEST, BundleManifest)
+    settings = _read(path / SETTINGS, Settings)
     for name in (*manifest.files, *manifest.measurements, settings.model, settings.tokenizer, settings.prefix or "."):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"files inside {path}", f"{name!r} in its manifest or settings", "do not use this bundle")
@@ -153,6 +152,21 @@ def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
     return Prefixed(engine, loaded)
 
 
+def _read(path: Path, model: type[M]) -> M:
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        found = f"{path}: {error.strerror}"
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc']))}: {explain(model, e)}".removeprefix(": ") for e in error.errors()]
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        found = f"{path}: {'; '.join(problems[:3])}{more}"
+    raise InputError("a bundle of this edgekit", found, _REBUILD) from None
+
+
+_REBUILD = "build the bundle again"
+
+
 def check_place(final: Path) -> None:
     """Check, before hours are spent, that a bundle can be put there; clean up after killed builds.
 
@@ -162,10 +176,7 @@ def check_place(final: Path) -> None:
         raise InputError(
             f"a bundle or nothing at {final}", "something else, which is left alone", "choose another --out"
         )
-    place = next(parent for parent in final.absolute().parents if parent.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        found = "no permission to write" if place.is_dir() else "a file"
-        raise ToolError(f"a writable directory at {place}", found, "choose another --out")
+    require_writable(final.parent, "choose another --out")
     for left in final.parent.glob(f".{final.name}.*"):
         owner = re.fullmatch(r"(part|old)-(\d+)", left.name.removeprefix(f".{final.name}."))
         if owner is None or psutil.pid_exists(int(owner[2])):
@@ -290,17 +301,19 @@ def _readme(plan: Plan, built: Built) -> str:
         "recipe": plan.recipe,
         "model": model_summary(plan, built),
         "settings": settings_of(plan, built),
-        "install": _INSTALL.get(plan.target.compute.accelerator, _INSTALL["none"]),
+        "install": _install(plan),
         "version": edgekit.__version__,
     }
     return str(template.render(values))
 
 
-_INSTALL = {
-    "none": "pip install 'edgekit[gguf]'",
-    "cuda": "CMAKE_ARGS=-DGGML_CUDA=on pip install 'edgekit[gguf]'",
-    "metal": "CMAKE_ARGS=-DGGML_METAL=on pip install 'edgekit[gguf]'",
-    "vulkan": "CMAKE_ARGS=-DGGML_VULKAN=on pip install 'edgekit[gguf]'",
-    "sycl": "CMAKE_ARGS=-DGGML_SYCL=on pip install 'edgekit[gguf]'",
-}
-"""How llama-cpp-python is built for an accelerator."""
+def _install(plan: Plan) -> str:
+    """The command that installs the bundle's engine on the target."""
+    extra = {"llama_cpp": "gguf", "onnxruntime": "onnx"}.get(plan.recipe.engine, "build,quantize")
+    command = f"pip install --constraint constraints.txt -e '.[{extra}]'"
+    flag = _GGML_FLAGS.get(plan.target.compute.accelerator) if extra == "gguf" else None
+    return f"CMAKE_ARGS=-D{flag}=on {command}" if flag else command
+
+
+_GGML_FLAGS = {"cuda": "GGML_CUDA", "metal": "GGML_METAL", "vulkan": "GGML_VULKAN", "sycl": "GGML_SYCL"}
+"""What llama-cpp-python is compiled with for an accelerator."""

@@ -30,6 +30,8 @@ Split = Literal["calibration", "evaluation"]
 _EVALUATION_SHARE = 4
 _PIECE_CHARACTERS = 4000
 _MAX_CHARACTERS = 1 << 21
+MAX_TOKENS = 1 << 24
+"""Most tokens to take of a text whose length is not known beforehand: days of work for a model that writes them."""
 
 
 class PythonDocs(Strict):
@@ -139,13 +141,22 @@ def token_windows(
     return np.concatenate([np.full((count, 1), bos, np.int32), windows], axis=1)
 
 
-def check_text(name: str, split: Split) -> None:
-    """Raise InputError unless the set exists and has text in that split, as far as that is known without a model."""
+def check_text(name: str, split: Split, tokens: int = 1) -> None:
+    """Raise InputError unless the set exists and may have that many tokens in the split, as far as that can be known.
+
+    No tokenizer is asked: a text has at most a token for each of its bytes, and one for the beginning of each piece.
+    """
     source = find_text_set(name).source
     if isinstance(source, Dataset) or (isinstance(source, Generated) and split == "calibration"):
-        return
-    if next(iter(pieces(name, split)), None) is None:
-        raise InputError(f"{split} text in {name!r}", "none", "give more text, in several documents")
+        most = MAX_TOKENS
+    else:
+        most = sum(len(piece.encode()) + 1 for piece in pieces(name, split))
+        if not most:
+            raise InputError(f"{split} text in {name!r}", "none", "give more text, in several documents")
+    if tokens > most:
+        raise InputError(
+            f"{tokens} tokens of {split} text in {name!r}", f"at most {most}", "give more text, or fewer windows"
+        )
 
 
 def pieces(name: str, split: Split) -> Iterable[str]:

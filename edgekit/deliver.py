@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,9 @@ def deliver(
                 measure=Measures(latency=LatencyJob()),
             )
             payload_bytes = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+            started = time.monotonic()
             result = device.run(job, progress=lambda name: events.progressed(0, None, name))
+            events.finished("measure", "executed", time.monotonic() - started)
             report = make_report(plan, built, payload_bytes, device.fingerprint(), result)
             # two builds of one target into one place would take each other's directory for a leftover
             with store.lock(f"bundle-{canonical_sha256(str(out.absolute()))}"):

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
+MAX_THREADS = 512
+"""As many as ggml takes (`GGML_MAX_N_THREADS`); far more would exhaust a machine before anything is computed."""
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,8 @@ def resolve_model(name: str) -> Source:
     """
     if name.startswith("builtin:"):
         return _builtin(name)
+    if not name:  # which Path takes for the working directory
+        raise InputError("a model", "an empty name", f"edgekit build {BUILTIN} --target local")
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return Source(_gguf_source(path), str(path.absolute()))

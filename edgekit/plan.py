@@ -136,7 +136,9 @@ def make_plan(
     if why := refusal(recipe, target):
         wanted = f"a recipe that runs on {target.name} (engines {', '.join(target.engines)})"
         raise InputError(
-            wanted, f"{recipe.name}: {why}", f"--recipe {target.default_recipe}, or `edgekit recipes list`"
+            wanted,
+            f"{recipe.name}: {why}",
+            "edgekit recipes list" if recipe.name == target.default_recipe else f"--recipe {target.default_recipe}",
         )
     shape = model_shape(source.artifact)
     if context_tokens is not None and context_tokens > shape.context_tokens:
@@ -155,8 +157,7 @@ def make_plan(
     advice = [note for adapter in adapters for note in check_adapter(adapter, source, shape)]
     steps, result = _resolve_steps(source, recipe, adapters, kv_type)
     for step in steps:
-        for name, split in step.params.text_fields.items():
-            check_text(getattr(step.params, name), split)
+        _check_texts(step, shape)
     tensors, fallbacks = _predict_tensors(shape, target, steps, result)
     weight_bytes = sum(t.nbytes for t in tensors)
     memory = plan_memory(shape, weight_bytes, target.memory.usable_bytes.value, context, kv_type)
@@ -176,6 +177,21 @@ def make_plan(
         fallbacks=tuple(fallbacks),
         notes=tuple(advice),
     )
+
+
+def _check_texts(step: Step, shape: ModelShape) -> None:
+    """Raise InputError where a step's windows are longer than the model's context or than its text has tokens."""
+    # a recipe states the parameters of `reference` under `evaluation`
+    place = "evaluation" if step.stage.gives == "reference" else step.stage.name
+    windows, length = (getattr(step.params, name, 1) for name in ("windows", "window_tokens"))
+    if length > shape.context_tokens:
+        raise InputError(
+            f"windows of at most {shape.context_tokens} tokens, the model's context",
+            f"{place}.window_tokens={length}",
+            f"--set {place}.window_tokens={shape.context_tokens}",
+        )
+    for name, split in step.params.text_fields.items():
+        check_text(getattr(step.params, name), split, windows * length)
 
 
 def check_fit(plan: Plan, *, documented: bool = False) -> None:

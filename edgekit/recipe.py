@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from edgekit.adapter import PREPENDED, Adapter
 from edgekit.config import Document, Strict, explain
@@ -50,7 +50,7 @@ class Evaluation(Strict):
     text: str = "python-docs"
     """A text set, or the path of a file; only its evaluation split is used."""
     windows: PositiveInt = 8
-    window_tokens: PositiveInt = 512
+    window_tokens: int = Field(default=512, ge=3)
     """Length of a window; its second half is scored."""
 
 
@@ -177,31 +177,38 @@ def _resolve(document: Document) -> Recipe:
         params = document.check(stage.params, {} if values is None else values, at=("stages", index, name))
         if params is not None:
             stages.append((stage, params))
-    if loaded is not None:
-        _check_names(document, loaded)
+    _check_names(document)
     document.finish("recipe")
     assert loaded is not None
     return Recipe(loaded.name, loaded.description, loaded.engine, tuple(stages), loaded.evaluation, loaded.gates)
 
 
-def _check_names(document: Document, loaded: RecipeFile) -> None:
-    if loaded.name != document.path.stem:
+def _check_names(document: Document) -> None:
+    """Record every name that means nothing, also in a document that is wrong elsewhere."""
+    raw = document.value if isinstance(document.value, dict) else {}
+    name, engine = raw.get("name"), raw.get("engine")
+    listed, gates = (value if isinstance(value := raw.get(key), list) else [] for key in ("stages", "gates"))
+    if isinstance(name, str) and name != document.path.stem:
         document.problem(("name",), f"must be the file's name, {document.path.stem!r}")
-    if loaded.engine not in engine_names():
-        document.problem(("engine",), f"unknown engine{suggest(loaded.engine, engine_names())}")
-    if not loaded.stages:
+    if isinstance(engine, str) and engine not in engine_names():
+        document.problem(("engine",), f"unknown engine{suggest(engine, engine_names())}")
+    if raw.get("stages") == []:
         document.problem(("stages",), "needs at least one stage")
-    names = [name for entry in loaded.stages for name in entry if name in stage_names()]
-    runs = find_engine(loaded.engine).RUNS if loaded.engine in engine_names() else ()
-    checked = ["bundle", *(name for name in names if find_stage(name).gives in runs)]
-    for index, gate in enumerate(loaded.gates):
-        if gate.of not in checked:
+    names = [name for entry in listed if isinstance(entry, dict) for name in entry if name in stage_names()]
+    # while the engine is unknown, any stage may be what it runs
+    runs = find_engine(engine).RUNS if engine in engine_names() else None
+    checked = ["bundle", *(name for name in names if runs is None or find_stage(name).gives in runs)]
+    for index, gate in enumerate(gates):
+        if not isinstance(gate, dict):
+            continue
+        of, measure = gate.get("of", "bundle"), gate.get("measure")
+        if isinstance(of, str) and of not in checked:
             known = f"is not one of {', '.join(checked)}, which can be measured"
-            document.problem(("gates", index, "of"), f"{gate.of!r} {known}{suggest(gate.of, checked)}")
+            document.problem(("gates", index, "of"), f"{of!r} {known}{suggest(of, checked)}")
         # what is checked on the way is compared with the source; only the bundle is timed and weighed, too
-        measures = list(KNOWN) if gate.of == "bundle" else list(divergence.FIGURES)
-        if gate.measure not in measures:
-            document.problem(("gates", index, "measure"), f"unknown measurement{suggest(gate.measure, measures)}")
+        measures = list(KNOWN) if of == "bundle" else list(divergence.FIGURES)
+        if isinstance(measure, str) and measure not in measures:
+            document.problem(("gates", index, "measure"), f"unknown measurement{suggest(measure, measures)}")
 
 
 def _override(recipe: Recipe, overrides: Overrides) -> Recipe:
@@ -228,7 +235,6 @@ def _replace_fields(params: S, name: str, overrides: Overrides) -> S:
         return type(params).model_validate({**params.model_dump(), **values})
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, (name, *e['loc'])))}: {explain(type(params), e)}" for e in error.errors()]
-        fields = ", ".join(type(params).model_fields)
-        raise InputError(
-            f"--set {name}.PARAM=VALUE with a parameter of {fields}", "; ".join(problems), "correct --set"
-        ) from None
+        unknown = any(e["type"] == "extra_forbidden" for e in error.errors())
+        fields = f"PARAM of {', '.join(type(params).model_fields)}" if unknown else "a VALUE that it can take"
+        raise InputError(f"--set {name}.PARAM=VALUE with {fields}", "; ".join(problems), "correct --set") from None

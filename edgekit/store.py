@@ -18,6 +18,7 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -221,6 +222,10 @@ class Store:
         """Whether a tool was fetched."""
         return (self._tool_path(name, sha256) / "manifest.json").is_file()
 
+    def require_writable(self) -> None:
+        """Raise ToolError unless the store can be written; nothing is left there."""
+        require_writable(self.root, _OTHER_STORE)
+
     def free_bytes(self) -> int:
         """Bytes that can still be written where the store is (or will be)."""
         place = self.root
@@ -253,7 +258,9 @@ class Store:
     def _flock(self, name: str, operation: int) -> Iterator[None]:
         # the kernel drops the lock with its process, so a kill leaves nothing to clean up
         locks = self.root / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
+        if not locks.is_dir():
+            self.require_writable()
+            locks.mkdir(parents=True, exist_ok=True)
         with (locks / name).open("a") as handle:
             fcntl.flock(handle, operation)
             yield
@@ -288,8 +295,9 @@ class Store:
             temporary.unlink(missing_ok=True)
 
     def _children(self, name: str) -> list[Path]:
-        directory = self.root / name
-        return sorted(p for p in directory.iterdir() if not p.name.startswith(".")) if directory.is_dir() else []
+        with self._guard_disk(), contextlib.suppress(FileNotFoundError):
+            return sorted(p for p in (self.root / name).iterdir() if not p.name.startswith("."))
+        return []
 
     def _object_path(self, digest: str) -> Path:
         return self.root / "objects" / digest
@@ -302,7 +310,7 @@ class Store:
 
     @contextlib.contextmanager
     def _guard_disk(self) -> Iterator[None]:
-        with explain_disk(self.root):
+        with explain_disk(self.root, _OTHER_STORE):
             yield
 
 
@@ -315,8 +323,27 @@ def _kept_by(root: Path) -> tuple[str, ...]:
     return ()
 
 
+_OTHER_STORE = "set EDGEKIT_CACHE to another directory"
+
+
+def require_writable(directory: Path, advice: str) -> None:
+    """Raise ToolError unless `directory` is, or could be made, a directory to write in; nothing is left there.
+
+    It is tried out: permissions do not tell of read-only mounts and of file systems like /proc.
+    """
+    place = directory
+    try:
+        place = next(path for path in (directory, *directory.absolute().parents) if os.path.lexists(path))
+        tempfile.TemporaryDirectory(prefix=".edgekit-", dir=place).cleanup()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(place) from None
+        found = f"{error.strerror} in {place}" if place.is_dir() else f"{place}, a file"
+        raise ToolError(f"a writable directory at {directory}", found, advice) from None
+
+
 @contextlib.contextmanager
-def explain_disk(place: Path) -> Iterator[None]:
+def explain_disk(place: Path, advice: str = "choose another place") -> Iterator[None]:
     """Turn a full disk or an unwritable directory into a ToolError; other errors pass unchanged.
 
     Tools report a full disk in their own words, so the text of any exception is read for it too.
@@ -332,9 +359,7 @@ def explain_disk(place: Path) -> Iterator[None]:
             raise _disk_full(place) from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
             where = error.filename or place
-            raise ToolError(
-                f"a writable directory at {place}", f"{error.strerror}: {where}", "choose another place"
-            ) from None
+            raise ToolError(f"a writable directory at {place}", f"{error.strerror}: {where}", advice) from None
         raise
     except Exception as error:
         if "No space left" in str(error) or "os error 28" in str(error):

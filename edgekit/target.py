@@ -159,9 +159,24 @@ def load_target(path: Path) -> Target:
     name = document.value.get("name") if isinstance(document.value, dict) else None
     if isinstance(name, str) and name != path.stem:
         document.problem(("name",), f"must be {path.stem!r} as in the file's name, found {name!r}")
+    _check_names(document)
     document.finish("target profile")
     assert target is not None  # a failed check was recorded, and finish raised it
     return target
+
+
+def _check_names(document: Document) -> None:
+    # imported here, for both lie above targets
+    from edgekit.engines import engine_names
+    from edgekit.recipe import recipe_names
+
+    raw = document.value if isinstance(document.value, dict) else {}
+    recipe, engines = raw.get("default_recipe"), raw.get("engines")
+    if isinstance(recipe, str) and recipe not in recipe_names():
+        document.problem(("default_recipe",), f"unknown recipe{suggest(recipe, recipe_names())}, found {recipe!r}")
+    for index, engine in enumerate(engines if isinstance(engines, list) else ()):
+        if isinstance(engine, str) and engine not in engine_names():
+            document.problem(("engines", index), f"unknown engine{suggest(engine, engine_names())}, found {engine!r}")
 
 
 @cache

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -121,7 +123,7 @@ def _download(directory: Path) -> Path:
     requirement.write_text(f"{SDIST_REQUIREMENT} --hash=sha256:{SDIST_SHA256}\n")
     arguments = ["download", "--quiet", "--no-deps", "--no-binary", "llama-cpp-python", "--require-hashes"]
     command = [sys.executable, "-m", "pip", *arguments, "-d", str(directory), "-r", str(requirement)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_tool(command)
     archive = directory / f"{SDIST}.tar.gz"
     if done.returncode != 0 or not archive.is_file():
         lines = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module named pip" in line]
@@ -133,6 +135,26 @@ def _download(directory: Path) -> Path:
     if file_sha256(archive) != SDIST_SHA256:
         raise ToolError(f"{archive.name} with sha256 {SDIST_SHA256[:12]}...", "another file", "try again")
     return archive
+
+
+def run_tool(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end and return its output. A Ctrl-C, which goes to the whole process group, is ours alone.
+
+    The program would say in its own words that it was interrupted; it is killed instead when we are. It starts with
+    SIGINT blocked, and stays in our group, so that whoever kills the group ends it, too.
+    """
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    with process:
+        try:
+            output, errors = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def copy_file(source: Path, destination: Path) -> None:

@@ -523,14 +523,18 @@ def test_an_adapter_that_changed_since_it_was_planned(
 # what stands before the text
 
 
-@pytest.fixture(scope="module")
-def gguf(base: Path, tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """The tiny model as an f32 GGUF file."""
-    stage, out = find_stage("convert"), tmp_path_factory.mktemp("gguf")
+def convert(base: Path, tools: Path, out: Path) -> Artifact:
+    """A tiny model as an f32 GGUF file."""
+    stage = find_stage("convert")
     facts = stage.run(
         checkpoint(base), out, stage.params.model_validate({"type": "f32"}), StageContext(Store(tools.parent))
     )
     return Artifact(out, Manifest(kind="gguf", files=describe_files(out, ["model.gguf"]), facts=facts))
+
+
+@pytest.fixture(scope="module")
+def gguf(base: Path, tools: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return convert(base, tools, tmp_path_factory.mktemp("gguf"))
 
 
 @pytest.fixture(scope="module")
@@ -606,6 +610,34 @@ def test_virtual_tokens_are_those_of_peft(
     greedy = list(generate(ours, tokens, 12))
     assert greedy == [token for token in answer if token not in engine.end_tokens][:12]
     engine.release(loaded.sequence)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "method"), [("qwen3", "prefix"), ("gemma2", "prompt"), ("gemma3_text", "prompt")])
+def test_virtual_tokens_of_other_architectures(kind: str, method: str, tools: Path, tmp_path: Path) -> None:
+    # qwen3 turns halves, not neighbours; llama.cpp's gemma2 scales input embeddings, gemma3 does not
+    base = tiny.write_checkpoint(tmp_path / "tiny", kind, dtype="float32")
+    (tmp_path / "gguf").mkdir()
+    gguf = convert(base, tools, tmp_path / "gguf")
+    stage = find_stage("prefix")
+
+    def run(method: str) -> Path:
+        place = adapters.train(base, tmp_path / method, adapters.config_of(method))
+        adapter = resolve_adapter(str(place))
+        check_adapter(adapter, *planned(base))
+        (out := tmp_path / f"{method}-out").mkdir()
+        side = {"adapter.0": adapter.artifact, "checkpoint": checkpoint(base)}
+        stage.run(gguf, out, stage.params(), StageContext(Store(out), side))
+        return out / "prefix.state"
+
+    path = run(method)
+    with llama_cpp.open_model(gguf.path / "model.gguf", EngineOptions(CONTEXT, sequences=2, threads=1)) as engine:
+        loaded = load_prefix(engine, path, model_sha256=digest(gguf), kv_type="f16")
+        wanted = logits(with_adapter(base, tmp_path / method))
+        assert kld(wanted, score(Prefixed(engine, loaded), TOKENS)) < 3e-5
+    if kind.startswith("gemma"):
+        with pytest.raises(InputError, match="sliding windows"):
+            run("prefix")
 
 
 def test_a_system_prompt_costs_nothing_again(

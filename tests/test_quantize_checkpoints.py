@@ -64,14 +64,16 @@ def run_stage(name: str, source: Path, out: Path, params: dict[str, Any]) -> Bui
     typed = stage.params.model_validate(params)
     predicted, _ = stage.predict(model_shape(resolve_model(str(source)).artifact).tensors, typed, frozenset())
     out.mkdir()
-    before = set(os.listdir())
+    before = set(Path().iterdir())
     steps: list[tuple[int, int | None, str]] = []
 
     def progress(done: int, total: int | None = None, unit: str = "") -> None:
         steps.append((done, total, unit))
 
     facts = stage.run(model, out, typed, StageContext(store=Store(out.parent), progress=progress))
-    return Built(source, out, facts, list(predicted), steps, sorted(set(os.listdir()) - before))
+    return Built(
+        source, out, facts, list(predicted), steps, sorted(str(path) for path in set(Path().iterdir()) - before)
+    )
 
 
 @pytest.fixture(scope="session")

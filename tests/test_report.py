@@ -712,3 +712,47 @@ def test_missing_and_wrongly_typed_reports_are_input_errors(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(value))
     with pytest.raises(InputError, match=r"memory\.0\.bytes"):
         read_report(tmp_path)
+
+
+def test_terminal_cuts_neither_targets_nor_bounds():
+    report = realistic()
+    target = {**report.target, "name": "jetson-orin-nano-super"}
+    speed = Measurement(
+        name="decode_tokens_per_s",
+        value=104.0,
+        unit="tokens/s",
+        kind="predicted",
+        ci_low=94.9,
+        ci_high=110.7,
+        device=target["name"],
+    )
+    bound = "kl_divergence_nats <= 0.0001"
+    gate = GateResult(
+        name="kl_divergence_nats", bound=bound, value=2.12218e-06, passed=True, kind="measured", of="convert"
+    )
+    text = terminal(report.model_copy(update={"target": target, "measurements": (speed,), "gates": (gate,)}))
+    assert "jetson-orin-nano-super" in text
+    assert f"convert: {bound}" in text
+    assert "…" not in text
+
+
+def test_a_contended_speed_says_so_wherever_it_stands():
+    note = "load; contended: others took 40% of the CPU, this process ran on 1.1 cores"
+    speed = measured("decode_tokens_per_s", 8.6, "tokens/s", 5, 2.0, device=HOST, note=note)
+    report = realistic().model_copy(update={"measurements": (speed,), "notes": ()})
+    assert "(contended)" in sentence(report)
+    (tile,) = [figure for figure in key_figures(report) if figure.title == "Decode speed"]
+    assert tile.context == "contended: others took 40% of the CPU, this process ran on 1.1 cores"
+    assert "contended: others took 40%" in terminal(report)
+    quiet = report.model_copy(update={"measurements": (speed.model_copy(update={"note": "load"}),)})
+    assert all("contended" not in text for text in (sentence(quiet), terminal(quiet), markdown.render(quiet)))
+
+
+def test_steps_say_what_they_evaluate():
+    steps = tuple(
+        StepRecord(stage="evaluate", of=of, key="ab" * 32, status="executed", seconds=1.0)
+        for of in ("import", "convert", "bundle")
+    )
+    report = realistic().model_copy(update={"steps": steps})
+    for page in (markdown.render(report), html.render(report)):
+        assert all(f"evaluate {step.of}" in page for step in steps)

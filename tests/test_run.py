@@ -38,7 +38,7 @@ def test_run_streams_what_its_json_holds(bundle: Path) -> None:
 
 
 def test_run_reads_stdin_and_raw_leaves_the_template_out(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello there"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Hello there")))
     piped = tiny.edgekit("run", bundle, "--max-tokens", "8", "--json").json
     given = tiny.edgekit("run", bundle, "Hello there", "--max-tokens", "8", "--json").json
     assert piped["text"] == given["text"]

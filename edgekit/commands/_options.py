@@ -61,7 +61,7 @@ def make_plans(
         overrides["prefix", "system"] = system
     chosen = _choose_targets(targets)
     found = [resolve_adapter(text) for text in adapters]
-    recipes = [find_recipe(recipe or target.default_recipe, overrides, found) for target in chosen]
+    recipes = [find_recipe(target.default_recipe if recipe is None else recipe, overrides, found) for target in chosen]
     if model is None:
         click.echo(f"no MODEL given: using {BUILTIN}", err=True)
     source = resolve_model(BUILTIN if model is None else model)

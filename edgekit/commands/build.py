@@ -9,8 +9,10 @@ from typing import Any
 import click
 
 from edgekit.artifact import Artifact
+from edgekit.bundle import check_place
 from edgekit.commands import plan as plan_command
 from edgekit.commands._options import make_plans, planning_options
+from edgekit.commands._paths import GivenPath
 from edgekit.commands._progress import ProgressDisplay
 from edgekit.deliver import Delivered, deliver
 from edgekit.devices import open_device
@@ -22,7 +24,7 @@ from edgekit.store import Store
 
 @click.command(name="build", short_help="Make a bundle for one or more targets.")
 @planning_options
-@click.option("--out", "-o", type=click.Path(path_type=Path), default=Path("dist"), show_default=True, help="Output.")
+@click.option("--out", "-o", type=GivenPath(), default=Path("dist"), show_default=True, help="Output.")
 @click.option("--device", "device_url", default="local", show_default=True, help="Where to measure.")
 @click.option("--dry-run", is_flag=True, help="Only plan, like `edgekit plan`.")
 @click.pass_context
@@ -43,6 +45,8 @@ def command(ctx: click.Context, /, as_json: bool, out: Path, device_url: str, dr
     for plan in plans:
         check_fit(plan)
         check_host(plan)
+    for plan in plans:
+        check_place(out / plan.target.name)
     store = Store.default()
     delivered = []
     verified: dict[str, Artifact] = {}

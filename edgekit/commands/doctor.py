@@ -76,11 +76,16 @@ def _show(findings: list[Finding], ready: dict[str, bool]) -> None:
 def _machine(store: Store) -> list[Finding]:
     machine = describe_machine()
     free = store.free_bytes() / (1 << 30)
+    found = f"{store.root}, {free:.1f} GiB free"
     fix = "edgekit cache gc, or set EDGEKIT_CACHE to a larger disk" if free < 1 else ""
+    try:
+        store.require_writable()
+    except EdgekitError as error:
+        found, fix = f"{store.root} is not writable: {error.found}", error.next_command
     return [
         Finding("machine", machine.text),
         Finding("python", platform.python_version()),
-        Finding("store", f"{store.root}, {free:.1f} GiB free", fix, recipe_names() if fix else ()),
+        Finding("store", found, fix, recipe_names() if fix else ()),
         Finding("nvidia-smi", shutil.which("nvidia-smi") or "none: no NVIDIA GPU is used"),
     ]
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from edgekit.artifact import CorruptArtifact
 from edgekit.bundle import Bundle, open_bundle
+from edgekit.commands._paths import GivenPath
 from edgekit.devices import DivergenceJob, Job, LatencyJob, Measures, open_device
 from edgekit.errors import GateFailed
 from edgekit.gates import check_gates
@@ -21,7 +22,7 @@ from edgekit.store import Store
 
 
 @click.command(name="validate", short_help="Check a bundle's files and measure it again.")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=GivenPath())
 @click.option("--device", "device_url", default="local", show_default=True, help="Where to measure.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(bundle: Path, device_url: str, as_json: bool) -> None:
@@ -62,8 +63,12 @@ def command(bundle: Path, device_url: str, as_json: bool) -> None:
         for measurement in result.measurements:
             table.add_row(measurement.name, shown(measurement).text)
         console.print(table)
+        for outcome in checked:
+            word, sure = "passed" if outcome.passed else "FAILED", "" if outcome.certain else " (uncertain)"
+            console.print(f"gate {word}: {outcome.bound}, found {outcome.value:g}{sure}")
         if not reference:
             console.print("accuracy: not measured, the store no longer has the source model's log-probabilities")
+            console.print(f"gates: {len(gates)} not checked, for they need accuracy")
     failed = [f"{gate.bound}, found {gate.value:g}" for gate in checked if not gate.passed]
     if failed:
         raise GateFailed("every gate of the recipe kept", "; ".join(failed), "open the report", documented=True)

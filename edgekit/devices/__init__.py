@@ -111,7 +111,7 @@ def open_device(url: str) -> Device:
     scheme = url.partition("://")[0]
     if scheme not in device_names():
         known = device_names()
-        raise InputError(f"a device like {url!r}", f"none{suggest(scheme, known)}", f"use one of {', '.join(known)}")
+        raise InputError(f"a device ({', '.join(known)})", f"{url!r}{suggest(scheme, known)}", "--device local")
     return cast(Device, _module(scheme).open_device(url))
 
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.engine import Capabilities, EngineOptions, Entry, FloatArray, StepOutput
+from edgekit.engine import MAX_THREADS, Capabilities, EngineOptions, Entry, FloatArray, StepOutput
 from edgekit.errors import InputError, ToolError, suggest
 from edgekit.formats import llama_state
 
@@ -618,6 +618,8 @@ def _check_options(options: EngineOptions, max_sequences: int) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"{name} of at least 1", str(value), f"raise {name}")
+    if options.threads is not None and options.threads > MAX_THREADS:
+        raise InputError(f"at most {MAX_THREADS} threads", str(options.threads), "lower threads")
     if options.sequences > max_sequences:
         raise InputError(f"at most {max_sequences} sequences", str(options.sequences), "lower sequences")
     cells = options.context_tokens * options.sequences

@@ -263,7 +263,7 @@ def _refuse_without_weights(directory: Path) -> NoReturn:
     raise InputError(
         f"{_SINGLE_FILE} or {_INDEX_FILE} in {directory}",
         f"only {', '.join(others[:5])}" if others else "no weights",
-        f"hf download ORG/NAME --local-dir {_quoted(directory)}",
+        "name the directory that holds the model, or a hub id (org/name), which is downloaded",
     )
 
 

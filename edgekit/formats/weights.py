@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgekit.errors import InputError
-from edgekit.formats import gguf, safetensors
+from edgekit.formats import gguf, onnx, safetensors
 
 
 class Weight(NamedTuple):
@@ -25,8 +25,6 @@ def read_weights(path: Path) -> Sequence[Weight]:
     """
     if path.is_file():
         return [Weight(t.name, t.type, t.nbytes) for t in gguf.read_header(path).tensors]
-    from edgekit.formats import onnx
-
     if models := sorted(path.glob("*.onnx")):
         return [Weight(t.name, t.type, t.nbytes) for model in models for t in onnx.read_tensors(model)]
     if any(path.glob("*.safetensors")):

@@ -26,12 +26,19 @@ class StepRecord(Strict):
     """One step of the build."""
 
     stage: str
+    of: str | None = None
+    """For an evaluation: what it evaluates."""
     key: str
     status: Literal["executed", "cached"]
     seconds: float
     """Wall time when it was executed (also shown for a cached step)."""
     peak_rss_bytes: int | None = None
     """Most memory that the process held while it was executed."""
+
+    @property
+    def label(self) -> str:
+        """The stage, and for an evaluation what it evaluates."""
+        return f"{self.stage} {self.of}" if self.of else self.stage
 
 
 class TensorGroup(Strict):

@@ -30,7 +30,7 @@ class Known:
 
 
 KNOWN = {
-    "bundle_bytes": Known("Bundle size", "everything that is copied to the device"),
+    "bundle_bytes": Known("Bundle size", "model, tokenizer and settings; the report is not counted"),
     "weight_bytes": Known("Weights"),
     "kl_divergence_nats": Known("KL divergence", "mean distance from the source's next-token distribution; 0 is equal"),
     "kl_divergence_median_nats": Known("KL divergence, median"),

@@ -63,9 +63,9 @@ def render(report: Report) -> str:
         ]
     if report.steps:
         steps = (
-            (text(s.stage), s.status, seconds_text(s.seconds), peak_text(s), code(s.key[:12])) for s in report.steps
+            (text(s.label), s.status, seconds_text(s.seconds), peak_text(s), code(s.key[:12])) for s in report.steps
         )
-        blocks += ["## Steps", table(("Stage", "Status", "Time when executed", "Peak memory", "Key"), steps, "llrrl")]
+        blocks += ["## Steps", table(("Step", "Status", "Time when executed", "Peak memory", "Key"), steps, "llrrl")]
     if report.measurements:
         measurements = (
             (text(row.title), text(row.of), _stacked(row.measured), _stacked(row.predicted)) for row in rows(report)

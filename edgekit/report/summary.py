@@ -154,6 +154,7 @@ def key_figures(report: Report) -> list[KeyFigure]:
     weights = [("weights", first("weight_bytes") if bundled else None)]
     perplexity = [("source", first("source_perplexity")), ("relative", first("perplexity_ratio"))]
     spread = [("median", first("kl_divergence_median_nats")), ("99th percentile", first("kl_divergence_p99_nats"))]
+    speeds = beside([("prefill", first("prefill_tokens_per_s"))])
     memory = memory_on_target(report)
     usable = f"usable on the target {bytes_text(memory.usable_bytes)}" if memory and memory.usable_bytes else ""
     tiles = [
@@ -161,11 +162,17 @@ def key_figures(report: Report) -> list[KeyFigure]:
         tile("KL divergence", ("kl_divergence_nats",), beside(spread)),
         tile("Perplexity", ("perplexity",), beside(perplexity)),
         tile("Top-1 agreement", ("top1_agreement",)),
-        tile("Decode speed", ("decode_tokens_per_s",), beside([("prefill", first("prefill_tokens_per_s"))])),
+        tile("Decode speed", ("decode_tokens_per_s",), "; ".join(filter(None, [speeds, busy(report)]))),
         # what the process held here and what the target must have are two answers to one question
         tile("Peak memory", ("peak_rss_bytes", "required_bytes"), usable),
     ]
     return [tile for tile in tiles if tile.readings]
+
+
+def busy(report: Report) -> str:
+    """What the measured decode speed says of other programs: `contended: ...`; empty on a quiet machine."""
+    found = (m.note or "" for m in pick(report, "decode_tokens_per_s") if m.kind == "measured")
+    return next((clean(note[note.index("contended") :]) for note in found if "contended" in note), "")
 
 
 def sentence(report: Report) -> str:
@@ -185,7 +192,8 @@ def sentence(report: Report) -> str:
         add(m, "has", "have", f"a perplexity of {shown(m).plain}{against}")
     for m in pick(report, "decode_tokens_per_s"):
         where = f" on {read(report, m).place}" if m.kind == "measured" and m.device else ""
-        add(m, "decodes", "decode", shown(m).plain + where)
+        contended = " (contended)" if m.kind == "measured" and busy(report) else ""
+        add(m, "decodes", "decode", shown(m).plain + where + contended)
     memory = memory_on_target(report)
     if memory and memory.usable_bytes:
         usable = bytes_text(memory.usable_bytes)

@@ -33,11 +33,12 @@ def show(report: Report, console: Console) -> None:
     figures = key_figures(report)
     if figures:
         console.print()
+    widest = max((cell_len(reading.shown.text) for figure in figures for reading in figure.readings), default=0)
     for figure in figures:
         for index, reading in enumerate(figure.readings):
-            _figure(console, figure.title if index == 0 else "", reading)
-        if figure.context:
-            _line(console, (f"{'':17}{figure.context}", "dim"))
+            _figure(console, figure.title if index == 0 else "", reading, min(widest, 31))
+        for part in _wrap(figure.context, WIDTH - 17) if figure.context else ():
+            _line(console, (f"{'':17}{part}", "dim"))
     memory = memory_on_target(report)
     if memory:
         console.print()
@@ -45,14 +46,15 @@ def show(report: Report, console: Console) -> None:
     if report.gates:
         console.print()
         _line(console, ("Gates", "bold"))
-    for gate in report.gates:
+    values = [f"{'≈ ' if gate.kind == 'predicted' else ''}{exact(gate.name, gate.value)}" for gate in report.gates]
+    width = min(max(map(cell_len, values), default=0), 24)
+    for gate, value in zip(report.gates, values, strict=True):
         style = "green" if gate.passed else "bold red"
-        value = f"{'≈ ' if gate.kind == 'predicted' else ''}{exact(gate.name, gate.value)}"
         _line(
             console,
             (f"  {'pass' if gate.passed else 'FAIL'}  ", style),
-            (_fit(clean(gate.bound if gate.of == "bundle" else f"{gate.of}: {gate.bound}"), 34), ""),
-            (f"  {_fit(value, 24)} ", "bold" if gate.kind == "measured" else "italic"),
+            (_fit(clean(gate.bound if gate.of == "bundle" else f"{gate.of}: {gate.bound}"), WIDTH - 22 - width), ""),
+            (f"  {_fit(value, width)} ", "bold" if gate.kind == "measured" else "italic"),
             (gate.kind, "cyan" if gate.kind == "measured" else "magenta italic"),
         )
         if not gate.certain:
@@ -64,7 +66,7 @@ def show(report: Report, console: Console) -> None:
             _line(console, ("note: " if index == 0 else "      ", "yellow"), (part, ""))
 
 
-def _figure(console: Console, title: str, reading: Reading) -> None:
+def _figure(console: Console, title: str, reading: Reading, width: int) -> None:
     measured = reading.kind == "measured"
     basis = ", ".join(
         filter(None, [reading.place.removeprefix("the "), f"n = {reading.n:,}" if reading.n is not None else ""])
@@ -72,9 +74,9 @@ def _figure(console: Console, title: str, reading: Reading) -> None:
     _line(
         console,
         (_fit(title, 17), ""),
-        (_fit(reading.shown.text, 31), "bold" if measured else "italic"),
+        (_fit(reading.shown.text, width), "bold" if measured else "italic"),
         (f" {reading.kind:9} ", "cyan" if measured else "magenta italic"),
-        (_fit(basis, WIDTH - 59), "dim"),
+        (_fit(basis, WIDTH - 28 - width), "dim"),
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,9 +15,10 @@ from edgekit.artifact import Artifact
 from edgekit.errors import ToolError
 from edgekit.formats import gguf
 from edgekit.stage import Facts, StageContext, StageParams, Tensor, stage
-from edgekit.tools import CONVERTER, converter_directory
+from edgekit.tools import CONVERTER, converter_directory, run_tool
 
 FILE_NAME = "model.gguf"
+CARD = "README.md"
 
 
 class Params(StageParams):
@@ -27,7 +28,7 @@ class Params(StageParams):
     """Storage type of matrices; vectors stay in f32."""
 
 
-@stage(version=1, takes="checkpoint", gives="gguf", tools=(CONVERTER, "gguf", "transformers", "torch"))
+@stage(version=2, takes="checkpoint", gives="gguf", tools=(CONVERTER, "gguf", "transformers", "torch"))
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Convert the checkpoint to GGUF without quantizing it."""
     directory = converter_directory(ctx.store)
@@ -43,9 +44,15 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     with tempfile.TemporaryDirectory() as scratch:
         # the converter reads metadata out of the directory's name, which is a digest here
         named = Path(scratch) / "model"
-        named.symlink_to(model.path.absolute())
+        named.mkdir()
+        for path in model.path.absolute().iterdir():
+            (named / path.name).symlink_to(path)
+        # and the licence only out of a model card, which an imported GGUF has not
+        licence = model.facts["licence"]
+        if licence != "unknown" and not (named / CARD).exists():
+            (named / CARD).write_text(f"---\nlicense: {json.dumps(licence)}\n---\n")
         command = [sys.executable, str(directory / "convert_hf_to_gguf.py"), str(named), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        done = run_tool(command, environment)
     if done.returncode != 0 or not target.is_file():
         errors = [line for line in done.stderr.splitlines() if line.strip() and "it/s" not in line]
         raise ToolError(

@@ -52,7 +52,8 @@ class Params(StageParams):
     @classmethod
     def _is_a_file_type(cls, value: str) -> str:
         if value.upper() not in FILE_TYPES:
-            raise ValueError(f"not a file type of llama.cpp{suggest(value.upper(), FILE_TYPES)}")
+            known = suggest(value.upper(), FILE_TYPES) or f" (one of {', '.join(FILE_TYPES)})"
+            raise ValueError(f"not a file type of llama.cpp{known}")
         return value.upper()
 
     @field_validator("output_type", "token_embedding_type")

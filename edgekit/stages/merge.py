@@ -103,8 +103,8 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
 
 
 def host_bytes(shape: ModelShape, params: Params) -> int:
-    """The weights in float32, a shard of the checkpoint to write, and what torch and PEFT take."""
-    return (800 << 20) + 6 * shape.parameters
+    """The weights in float32 and a shard of the checkpoint to write, read and rounded; the rest is torch and PEFT."""
+    return (1 << 30) + 8 * shape.parameters
 
 
 def _parts(side: Mapping[str, Artifact], weights: Sequence[float]) -> list[_Part]:
