@@ -77,6 +77,7 @@ class Settings(Strict):
             sequences=1 if self.prefix is None else 2,
             threads=threads or here,
             kv_type=self.kv_type,
+            fall_back=True,
         )
 
 

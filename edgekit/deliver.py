@@ -145,6 +145,12 @@ def _notes(plan: Plan, built: Built, device: Fingerprint, timed: JobResult, here
             f"Latency and memory on {plan.target.title} are predicted. Accuracy, and the latency shown as measured, "
             f"were measured on another machine ({device.text}) with the same engine, {plan.recipe.engine}."
         )
+    provider = built.result.facts.get("provider", "cpu")
+    if provider != "cpu" and not timed.build.get("provider", "").lower().startswith(provider):
+        notes.append(
+            f"The ONNX graph is made for {provider}, which this machine does not have: its structure was checked, and "
+            f"it was run and compared on {timed.build.get('provider')}. It was never run on {provider}."
+        )
     if plan.source.artifact.facts["quantized"]:
         notes.append(
             "The source's weights are quantized already. They lie on a grid that types of the same block size hit "

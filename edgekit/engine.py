@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,8 @@ class EngineOptions:
     """Element type of the KV cache: `f16`, `q8_0` or `q4_0`."""
     accelerate: bool = True
     """Offload to the accelerator where the engine has one."""
+    fall_back: bool = False
+    """Run a model that was made for an accelerator without it where it is missing, instead of refusing."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Engine(Protocol):
     @property
     def capabilities(self) -> Capabilities:
         """What this engine can do with this model."""
+        ...
+
+    @property
+    def loaded(self) -> Mapping[str, str]:
+        """Where it really runs: the provider, the device, or the layers on an accelerator."""
         ...
 
     @property

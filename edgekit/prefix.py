@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -191,6 +191,11 @@ class Prefixed:
     def capabilities(self) -> Capabilities:
         """The engine's, less what the prefix takes."""
         return self._capabilities
+
+    @property
+    def loaded(self) -> Mapping[str, str]:
+        """Where the engine really runs."""
+        return self._engine.loaded
 
     @property
     def vocabulary_size(self) -> int:

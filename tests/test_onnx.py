@@ -449,7 +449,7 @@ def test_a_provider_that_is_not_there_is_an_error_unless_it_may_run_on_the_cpu(d
     with pytest.raises(ToolError, match="CUDAExecutionProvider"):
         open_model(damaged, OPTIONS)
     with open_model(damaged, EngineOptions(context_tokens=64, threads=1, accelerate=False)) as engine:
-        assert engine.provider == "CPUExecutionProvider"
+        assert engine.loaded == {"provider": "CPUExecutionProvider"}
 
 
 def test_options_that_cannot_be_met_are_refused(exported: Export) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from edgekit.devices import Job, describe_machine
+from edgekit.engine import Engine
 from edgekit.engines import find_engine
 from edgekit.errors import EdgekitError, InputError, ToolError
 from edgekit.measurement import Measurement
@@ -56,18 +57,23 @@ def run_job(job: Job, emit: Emit) -> None:
     """Measure what the job asks for and emit every figure at once when it is known."""
     module = find_engine(job.engine)
     device = describe_machine().text
-    emit("build", device=device, info=module.build_info())
+    info = module.build_info()
+    emit("build", device=device, info=info)
+
+    def open_model() -> Engine:
+        engine = module.open_model(Path(job.model), job.options)
+        info.update(engine.loaded)
+        return engine
 
     def report(measurement: Measurement) -> None:
         emit("measurement", measurement=measurement.model_dump(mode="json"))
 
-    path = Path(job.model)
     if job.measure.latency is not None:
         from edgekit.measure.latency import measure_latency
         from edgekit.measure.memory import peak_rss_bytes
 
         settings = job.measure.latency.model_dump()
-        timed = measure_latency(lambda: module.open_model(path, job.options), **settings, device=device, of=job.of)
+        timed = measure_latency(open_model, **settings, device=device, of=job.of)
         for measurement in timed:
             report(measurement)
         # before the divergence, whose reference is mapped into this process, too
@@ -85,11 +91,13 @@ def run_job(job: Job, emit: Emit) -> None:
         from edgekit.measure.divergence import compare, open_reference
 
         reference = open_reference(Path(job.measure.divergence.reference))
-        with module.open_model(path, job.options) as engine:
+        with open_model() as engine:
             divergence = compare(engine, reference, job.measure.divergence.windows)
         for measurement in divergence.measurements(device=device, of=job.of):
             report(measurement)
         emit("divergence_per_window", values=divergence.window_kld)
+    # again, with what the opened model told
+    emit("build", device=device, info=info)
 
 
 def describe_error(error: EdgekitError) -> dict[str, str]:

@@ -162,7 +162,7 @@ def _result(lines: list[dict[str, Any]], code: int, oom_killed: bool, log: str) 
             raise _error(line)
     if code != 0 or not lines or lines[-1]["type"] != "done":
         raise ToolError("a job that runs to its end", _failure(code, oom_killed, log), _advice(code))
-    build = next(line for line in lines if line["type"] == "build")
+    build = [line for line in lines if line["type"] == "build"][-1]
     windows = next((line["values"] for line in lines if line["type"] == "divergence_per_window"), ())
     return JobResult(
         device=build["device"],

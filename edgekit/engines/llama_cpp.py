@@ -349,6 +349,11 @@ class LlamaCpp(Vocabulary):
         return self._capabilities
 
     @property
+    def loaded(self) -> dict[str, str]:
+        """How many layers llama.cpp says it put on an accelerator."""
+        return {"offloaded_layers": str(self.offloaded_layers)}
+
+    @property
     def hidden_size(self) -> int:
         """Width of the hidden states."""
         return self._hidden_size

@@ -147,8 +147,6 @@ class OnnxRuntime:
         read_tensors(config.model_file)  # refuses data outside the directory, and data that is missing
         self._tokenizer = Tokenizer(path)
         self._session: Any = _open_session(config, options)
-        self.provider: str = self._session.get_providers()[0]
-        """The execution provider that really loaded."""
         self._read_graph()
         if options.context_tokens > config.context_tokens:
             wanted = f"at most {config.context_tokens} tokens, the model's context"
@@ -163,7 +161,7 @@ class OnnxRuntime:
             sequences=options.sequences,
             batch_tokens=options.batch_tokens,
         )
-        self._cache = _Cache(self._kv_names, self._kv_shape, self._element, options, self.provider in _CUDA)
+        self._cache = _Cache(self._kv_names, self._kv_shape, self._element, options, self.loaded["provider"] in _CUDA)
         self._ones = np.ones((1, options.context_tokens), np.int64)
         self._bindings: dict[tuple[int, int, bool, bool], Any] = {}
         self._slots: dict[int, int] = {}
@@ -224,6 +222,11 @@ class OnnxRuntime:
     def capabilities(self) -> Capabilities:
         """What this model can do; hidden states only where the graph was built to give them."""
         return self._capabilities
+
+    @property
+    def loaded(self) -> dict[str, str]:
+        """The execution provider that really loaded."""
+        return {"provider": str(self._session.get_providers()[0])}
 
     @property
     def kv_type(self) -> str:
@@ -528,6 +531,8 @@ def _open_session(config: Config, options: EngineOptions) -> Any:
     settings.log_severity_level = 4
     wanted = config.provider if options.accelerate else CPU
     offered = api.get_available_providers()
+    if options.fall_back and wanted not in offered:
+        wanted = CPU
     if wanted not in offered:
         raise ToolError(
             f"ONNX Runtime with {wanted}, which {config.model_file} was made for",
@@ -543,7 +548,7 @@ def _open_session(config: Config, options: EngineOptions) -> Any:
             "build or download the model again",
         ) from None
     # asked for a provider that does not start (no driver, no device), it warns and goes on with the CPU
-    if session.get_providers()[0] != wanted:
+    if session.get_providers()[0] != wanted and not options.fall_back:
         raise ToolError(
             f"{wanted}, which {config.model_file} was made for",
             f"{session.get_providers()[0]} took its place",

@@ -93,6 +93,11 @@ class TorchReference:
         return self._capabilities
 
     @property
+    def loaded(self) -> dict[str, str]:
+        """The device that computes."""
+        return {"device": self._device}
+
+    @property
     def vocabulary_size(self) -> int:
         """Width of a row of logits, padding of the vocabulary included."""
         return self._size

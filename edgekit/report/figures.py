@@ -50,6 +50,8 @@ KNOWN = {
     "max_logit_difference": Known(
         "Merge check", "largest difference of a logit to base and adapter unmerged"
     ),
+    "logit_change": Known("Effect of the adapters", "largest change of a logit"),
+    "rounding_logit_difference": Known("Merge, stored in 16 bits", "largest change of a logit by rounding the result"),
     "loss_original_nats": Known("Loss, merged onto the original", "on the calibration text, per token"),
     "loss_nf4_nats": Known("Loss, merged onto NF4", "on the calibration text, per token"),
     "required_bytes": Known("Memory required"),

@@ -91,13 +91,17 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         **model.facts,
         "adapters": [{"digest": part.artifact.digest, "weight": part.weight, **part.artifact.facts} for part in parts],
         "onto": base,
-        "loss_original": losses["original"],
-        "loss_nf4": losses["nf4"],
-        "loss_unit": "nats/token",
         "loss_text": find_text_set(params.text).name,
-        "max_logit_difference": difference,
-        "logit_change": change,
-        "rounding_logit_difference": rounding,
+        "measurements": [
+            {"name": name, "value": value, "unit": unit, "kind": "measured", "n": windows.size}
+            for name, value, unit in (
+                ("loss_original_nats", losses["original"], "nats"),
+                ("loss_nf4_nats", losses["nf4"], "nats"),
+                ("max_logit_difference", difference, "ratio"),
+                ("logit_change", change, "ratio"),
+                ("rounding_logit_difference", rounding, "ratio"),
+            )
+        ],
         "notes": _notes(params.onto, base, parts, losses, change, rounding),
     }
 
