@@ -166,10 +166,12 @@ class OnnxRuntime:
         self._bindings: dict[tuple[int, int, bool, bool], Any] = {}
         self._slots: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
-        only_needed = self._run_options = library().RunOptions()
-        only_needed.log_severity_level = 4
-        # without it the head would run for a prompt whose logits nobody wants
-        only_needed.only_execute_path_to_fetches = True
+        # without `only_execute_path_to_fetches` the head would run for a prompt whose logits nobody wants; with it,
+        # ONNX Runtime looks for the needed nodes at every call
+        self._run_options = [library().RunOptions() for _ in range(2)]
+        for head, settings in enumerate(self._run_options):
+            settings.log_severity_level = 4
+            settings.only_execute_path_to_fetches = not head
 
     def _read_graph(self) -> None:
         config, session = self._config, self._session
@@ -419,7 +421,7 @@ class OnnxRuntime:
                 binding.bind_output(self._hidden_name, "cpu", 0, states.dtype, states.shape, states.ctypes.data)
                 results.append((hidden, states))
         try:
-            self._session.run_with_iobinding(binding, self._run_options)
+            self._session.run_with_iobinding(binding, self._run_options[head])
             binding.synchronize_outputs()
         except Exception as error:  # onnxruntime's own tree; all mean that this call failed
             raise ToolError(
