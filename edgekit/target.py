@@ -129,7 +129,7 @@ class Target(Strict):
     os: Literal["linux", "android", "macos", "windows"] = "linux"
     engines: Annotated[tuple[Text, ...], Field(min_length=1)]
     """Engines that run there, best first, by the names of the files in `engines/`."""
-    onnx_provider: Literal["cpu", "cuda", "dml", "openvino", "qnn", "tensorrt"] = "cpu"
+    onnx_provider: Literal["cpu", "cuda", "dml", "openvino", "qnn", "tensorrt", "webgpu"] = "cpu"
     """Execution provider that ONNX models are exported for."""
     default_recipe: Name
     default_recipe_reason: Text

@@ -135,7 +135,7 @@ def parameters(path: Path) -> dict[str, Any]:
     return dict(load_model(path).state_dict())
 
 
-def told(facts: Facts) -> dict[str, float]:
+def figures(facts: Facts) -> dict[str, float]:
     """The figures that a stage hands to the report."""
     return {figure["name"]: figure["value"] for figure in facts["measurements"]}
 
@@ -169,9 +169,9 @@ def test_merged_equals_base_and_adapter(
     wanted = logits(with_adapter(base, place))
     assert float((logits(load_model(out)) - wanted).abs().max()) < 1.3e-4
     assert float((logits(load_model(base)) - wanted).abs().max()) > 0.05
-    assert told(facts)["max_logit_difference"] < 1.3e-4
-    assert told(facts)["logit_change"] > 0.05
-    assert told(facts)["rounding_logit_difference"] == 0
+    assert figures(facts)["max_logit_difference"] < 1.3e-4
+    assert figures(facts)["logit_change"] > 0.05
+    assert figures(facts)["rounding_logit_difference"] == 0
     assert facts["architecture"] == "llama"
     assert [told["method"] for told in facts["adapters"]] == [kind]
     assert adapter.artifact.facts["rank"] in {"ia3": [None], "oft": [None], "vera": [16], "adalora": range(1, 7)}.get(
@@ -230,7 +230,7 @@ def test_weights_are_stored_in_the_types_of_the_base(
     tiny_hf: Path, trained: Callable[..., Path], merge: Callable[..., Any]
 ) -> None:
     out, facts = merge(trained("lora"), model=tiny_hf)
-    assert 1e-4 < told(facts)["rounding_logit_difference"] < 0.05
+    assert 1e-4 < figures(facts)["rounding_logit_difference"] < 0.05
     import torch
     from safetensors.torch import load_file
 
@@ -301,14 +301,14 @@ def test_an_adapter_of_a_quantized_base_goes_onto_that_base(
     # nothing in the files says it, so it goes onto the original, and the report tells
     _, unsure = merge(qlora, windows=1)
     assert unsure["onto"] == "original"
-    assert told(unsure)["loss_nf4_nats"] < 0.9 * told(unsure)["loss_original_nats"]
+    assert figures(unsure)["loss_nf4_nats"] < 0.9 * figures(unsure)["loss_original_nats"]
     assert any("merge.onto=nf4" in note for note in unsure["notes"])
 
     told = shutil.copytree(qlora, tmp_path / "told")
     tiny.edit_json(told / "adapter_config.json", base_model_name_or_path="somebody/tiny-bnb-4bit")
     out, facts = merge(told, windows=1)
     assert facts["onto"] == "nf4"
-    assert told(facts)["loss_nf4_nats"] == pytest.approx(told(unsure)["loss_nf4_nats"], rel=0.05)  # quantized scales now
+    assert figures(facts)["loss_nf4_nats"] == pytest.approx(figures(unsure)["loss_nf4_nats"], rel=0.05)
     assert not any("merge.onto" in note for note in facts["notes"])
     with adapters.quiet():
         live = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=nf4())

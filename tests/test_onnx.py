@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -339,13 +340,28 @@ def test_act_order_is_seen_in_the_file_itself(checkpoints: dict[str, Path], tmp_
         export(checkpoint_artifact(tmp_path / "gptq", checkpoints["untied"]), tmp_path / "out", precision="int4")
 
 
+@pytest.mark.parametrize(("provider", "named"), [("qnn", "QNN"), ("openvino", "OpenVINO")])
+def test_a_provider_that_the_builder_does_not_know_takes_the_processors_graph(
+    provider: str, named: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    model = checkpoint_artifact(checkpoints["untied"])
+    there = find_target("jetson").model_copy(update={"onnx_provider": provider})
+    export(model, tmp_path / "there", there, precision="int4")
+    export(model, tmp_path / "here", precision="int4")
+    settings = json.loads((tmp_path / "there" / "genai_config.json").read_text())
+    assert settings["model"]["decoder"]["session_options"]["provider_options"] == [{named: {}}]
+    assert (tmp_path / "there" / "model.onnx").read_bytes() == (tmp_path / "here" / "model.onnx").read_bytes()
+    options = EngineOptions(context_tokens=64)
+    with pytest.raises(ToolError, match=named):
+        open_model(tmp_path / "there", options)
+    with open_model(tmp_path / "there", replace(options, fall_back=True)) as engine:
+        assert engine.loaded == {"provider": "CPUExecutionProvider"}
+
+
 def test_impossible_choices_are_refused(checkpoints: dict[str, Path], tiny_288: Path, tmp_path: Path) -> None:
     model = checkpoint_artifact(checkpoints["untied"])
     with pytest.raises(InputError, match="fp32"):
         export(model, tmp_path / "a", precision="fp32", provider="cuda")
-    qnn = find_target("jetson").model_copy(update={"onnx_provider": "qnn"})
-    with pytest.raises(InputError, match=r"onnx\.provider=cpu"):
-        export(model, tmp_path / "b", qnn)
     with pytest.raises(InputError, match="head size of 72"):
         export(checkpoint_artifact(tiny_288), tmp_path / "c")
     with pytest.raises(ValueError, match="8 bits"):

@@ -104,13 +104,18 @@ def _tools(recipes: list[Recipe]) -> list[Finding]:
     return findings
 
 
+_TOLD = ("gpu_offload", "providers", "accelerator")
+"""What an engine's build information says of accelerators."""
+
+
 def _engines(recipes: list[Recipe]) -> list[Finding]:
     findings = []
     for name in sorted({recipe.engine for recipe in recipes}):
         users = tuple(recipe.name for recipe in recipes if recipe.engine == name)
         try:
             info = find_engine(name).build_info()
-            findings.append(Finding(f"engine {name}", f"{info['version']}, GPU offload: {info['gpu_offload']}"))
+            told = (f"{key.replace('_', ' ')}: {value}" for key, value in info.items() if key in _TOLD)
+            findings.append(Finding(f"engine {name}", ", ".join((info["version"], *told))))
         except EdgekitError as error:
             findings.append(Finding(f"engine {name}", error.found, error.next_command, users))
     return findings

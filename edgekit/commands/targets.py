@@ -29,12 +29,12 @@ command = targets
 @targets.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of a table.")
 def list_targets(as_json: bool) -> None:
-    """List the catalog: memory a model may use, peak bandwidth, engines, default recipe."""
+    """List the catalog: memory a model may use, peak bandwidth, default recipe."""
     if as_json:
         click.echo(json.dumps({"targets": [_summary(target) for target in all_targets()]}, indent=2))
         return
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in ("name", "alias", "memory", "bandwidth", "engines", "recipe"):
+    for column in ("name", "alias", "memory", "bandwidth", "recipe"):
         table.add_column(column, justify="right" if column in ("memory", "bandwidth") else "left", overflow="fold")
     for target in all_targets():
         table.add_row(*_row(target))
@@ -124,13 +124,12 @@ def _figures_table(rows: list[tuple[str, Figure[Any] | None, str]]) -> Table:
     return table
 
 
-def _row(target: Target) -> tuple[str, str, str, str, str, str]:
+def _row(target: Target) -> tuple[str, str, str, str, str]:
     return (
         target.name,
         ", ".join(target.aliases),
         _gib(target.memory.usable_bytes.value),
         _bandwidth(target.memory.bandwidth_bytes_per_s.value),
-        ", ".join(target.engines),
         target.default_recipe,
     )
 
@@ -163,7 +162,7 @@ def catalog_markdown() -> str:
     """The catalog as a Markdown table, with the same columns as `edgekit targets list` and the titles."""
     lines = ["| name | device | alias | memory | bandwidth | recipe |", "| --- | --- | --- | ---: | ---: | --- |"]
     for target in all_targets():
-        name, aliases, memory, bandwidth, _, recipe = _row(target)
+        name, aliases, memory, bandwidth, recipe = _row(target)
         lines.append(f"| `{name}` | {target.title} | {aliases} | {memory} | {bandwidth} | `{recipe}` |")
     return "\n".join(lines)
 

@@ -28,6 +28,8 @@ PROVIDERS: Mapping[str, str] = {
     "cuda": "CUDAExecutionProvider",
     "dml": "DmlExecutionProvider",
     "webgpu": "WebGpuExecutionProvider",
+    "OpenVINO": "OpenVINOExecutionProvider",
+    "QNN": "QNNExecutionProvider",
     "NvTensorRtRtx": "NvTensorRTRTXExecutionProvider",
 }
 """Execution provider by its name in `genai_config.json`; a model that names none is made for the CPU."""

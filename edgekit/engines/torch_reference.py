@@ -7,6 +7,7 @@ import copy
 import importlib.metadata
 import io
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -280,6 +281,8 @@ def _load(path: Path, device: str) -> Any:
     # GPTQModel, which transformers loads for its checkpoints, greets on stdout
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         network = load_model(path, **placement)
+    # it says for every product of an int8 matrix that the input is cast
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in network.modules():
         if hasattr(module, "compute_dtype"):  # bitsandbytes dequantizes to it
             module.compute_dtype = torch.float32

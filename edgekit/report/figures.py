@@ -47,9 +47,7 @@ KNOWN = {
     "peak_rss_bytes": Known("Peak memory", "most memory the process held"),
     "kv_cache_bytes": Known("KV cache"),
     "compute_buffer_bytes": Known("Compute buffers"),
-    "max_logit_difference": Known(
-        "Merge check", "largest difference of a logit to base and adapter unmerged"
-    ),
+    "max_logit_difference": Known("Merge check", "largest difference of a logit to base and adapter unmerged"),
     "logit_change": Known("Effect of the adapters", "largest change of a logit"),
     "rounding_logit_difference": Known("Merge, stored in 16 bits", "largest change of a logit by rounding the result"),
     "loss_original_nats": Known("Loss, merged onto the original", "on the calibration text, per token"),

@@ -52,6 +52,8 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         "desc_act": params.act_order,
         "sym": params.sym,
         "damp_percent": params.damping,
+        # the library's default where columns keep their order: groups by activation, no cost at run time
+        "act_group_aware": not params.act_order and group_size != -1,
     }
     return quantize("gptq", model, out, params, ctx, group_size=group_size, settings=settings)
 

@@ -22,20 +22,26 @@ from edgekit.formats import safetensors
 from edgekit.formats.onnx import read_tensors
 from edgekit.model import ModelShape, read_config
 from edgekit.stage import Facts, StageContext, StageParams, Tensor, stage
+from edgekit.target import Target
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 
-Provider = Literal["cpu", "cuda", "dml", "tensorrt", "webgpu"]
+Provider = Literal["cpu", "cuda", "dml", "openvino", "qnn", "tensorrt", "webgpu"]
 PRECISIONS: Mapping[str, tuple[str, ...]] = {
     "cpu": ("fp32", "fp16", "int8", "int4"),
     "cuda": ("fp16", "int8", "int4"),
     "dml": ("fp16", "int4"),
+    "openvino": ("fp32", "fp16", "int8", "int4"),
+    "qnn": ("fp32", "fp16", "int8", "int4"),
     "tensorrt": ("fp16", "int4"),
     "webgpu": ("fp16", "int8", "int4"),
 }
 """What the builder makes for an execution provider, as far as attention is GroupQueryAttention: only that reads and
 writes one buffer of keys and values in place."""
 
+_CPU_GRAPHS = {"openvino": "OpenVINO", "qnn": "QNN"}
+"""Providers that take the processor's graph, by their names in the settings: ONNX Runtime gives each node that such a
+provider has no kernel for to the processor. The builder knows neither."""
 _BUILDER_NAMES = {"tensorrt": "NvTensorRtRtx"}
 _HEAD_MULTIPLE = 16  # of GroupQueryAttention, which refuses others only when it runs
 _BLOCKS = (16, 32, 64, 128, 256)  # of MatMulNBits
@@ -77,19 +83,22 @@ class Params(StageParams):
 )
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Write the graph of a decoder with its weights, tokenizer and settings, by onnxruntime-genai's builder."""
-    provider = _find_provider(params, ctx)
+    named = _find_provider(params, ctx)
+    provider = "cpu" if named in _CPU_GRAPHS else named
     config = read_config(model.path)
     _check_heads(config)
     if quantization := config.get("quantization_config"):
         _check_gptq(model.path, quantization, params)
     _build(model, out, params, provider, ctx)
     opset = _finish(out, params, provider, tied=bool(config.get("tie_word_embeddings")))
+    if named in _CPU_GRAPHS:
+        _name_provider(out, [{_CPU_GRAPHS[named]: {}}])
     tensors = read_tensors(out / MODEL)
     return {
         **model.facts,
         "precision": params.precision,
         "algorithm": "gptq" if quantization else params.algorithm if params.precision.startswith("int") else None,
-        "provider": provider,
+        "provider": named,
         "opset": opset,
         "hidden_states": params.hidden_states,
         "kv_type": _io_type(params.precision, provider),
@@ -103,10 +112,11 @@ def predict(
     side: frozenset[str],
     *,
     shape: ModelShape | None = None,
-    provider: str = "cpu",
+    target: Target | None = None,
 ) -> tuple[Sequence[Tensor], Sequence[str]]:
     """What the builder stores for each tensor, in bytes, and the tables of rotary embeddings where `shape` is given."""
-    provider = params.provider or provider
+    named = params.provider or (target.onnx_provider if target else "cpu")
+    provider = "cpu" if named in _CPU_GRAPHS else named
     real = _io_type(params.precision, provider)
     width = {"f32": 4, "f16": 2}[real]
     tied = not any(tensor.name == "output.weight" for tensor in tensors)
@@ -172,14 +182,16 @@ def _shares_head(columns: int, params: Params, provider: str) -> bool:
     return provider == "cpu" and columns % params.block_size == 0 and not params.algorithm.startswith("k_quant")
 
 
+def refuses(params: Params, target: Target) -> str | None:
+    """Why a target's execution provider does not run the precision."""
+    provider = params.provider or target.onnx_provider
+    if params.precision in PRECISIONS[provider]:
+        return None
+    return f"ONNX for {provider} is made in {', '.join(PRECISIONS[provider])}"
+
+
 def _find_provider(params: Params, ctx: StageContext) -> str:
     provider = params.provider or (ctx.target.onnx_provider if ctx.target else "cpu")
-    if provider not in PRECISIONS:
-        raise InputError(
-            f"an execution provider that the builder makes graphs for ({', '.join(PRECISIONS)})",
-            f"{provider}",
-            "--set onnx.provider=cpu, which such a device runs on its CPU",
-        )
     if params.precision not in PRECISIONS[provider]:
         raise InputError(
             f"a precision of {provider} ({', '.join(PRECISIONS[provider])})",
@@ -282,9 +294,13 @@ def _build(model: Artifact, out: Path, params: Params, provider: str, ctx: Stage
         ) from None
     shutil.rmtree(scratch, ignore_errors=True)
     if half_on_cpu:
-        settings = json.loads((out / CONFIG).read_text())
-        settings["model"]["decoder"]["session_options"]["provider_options"] = []
-        (out / CONFIG).write_text(json.dumps(settings, indent=4))
+        _name_provider(out, [])
+
+
+def _name_provider(out: Path, options: list[dict[str, dict[str, str]]]) -> None:
+    settings = json.loads((out / CONFIG).read_text())
+    settings["model"]["decoder"]["session_options"]["provider_options"] = options
+    (out / CONFIG).write_text(json.dumps(settings, indent=4))
 
 
 class _Listener(io.TextIOBase):
