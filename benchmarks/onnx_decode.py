@@ -96,6 +96,7 @@ class Worker:
         self._process.start()
 
     def __call__(self, prompt: list[int]) -> tuple[float, float, list[int]]:
+        """Run one generation in the process and return what it measured."""
         self._pipe.send(prompt)
         answer: tuple[float, float, list[int]] = self._pipe.recv()
         return answer

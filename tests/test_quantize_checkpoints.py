@@ -169,7 +169,7 @@ def test_the_directory_is_complete_and_says_nothing_of_this_machine(case: str, b
     names = {path.name for path in built.out.iterdir()}
     source = {path.name for path in built.source.iterdir()}
     weights = {name for name in source if ".safetensors" in name}
-    assert names - source <= {"quantize_config.json"}
+    assert names - source <= {"quantize_config.json", "model.safetensors"}  # shards may become one file
     assert source - names <= weights
     assert not built.left_behind
     for name in sorted(source - weights - {"config.json"}):
