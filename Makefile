@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-BENCHMARKS := build_time fidelity prediction startup
+BENCHMARKS := build_time fidelity llama_decode prediction startup
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast lint types docs bench matrix clean

@@ -19,7 +19,7 @@ from pathlib import Path
 from edgekit.engine import EngineOptions, Entry
 from edgekit.engines._tokenizer import Tokenizer
 from edgekit.engines.onnxruntime import open_model
-from edgekit.measure.latency import CpuUse, contention_note, median_interval
+from edgekit.measurement import median_interval
 
 PROMPT = "The planner reads the header of a checkpoint and says what the result will weigh. " * 8
 PROMPT_TOKENS, DECODE_TOKENS, ROUNDS = 96, 64, 9
@@ -95,8 +95,9 @@ class Worker:
         self._process = spawn.Process(target=_serve, args=(far, side, directory, threads), daemon=True)
         self._process.start()
 
-    def __call__(self, prompt: list[int]) -> tuple[float, float, list[int]]:
+    def run(self, prompt: list[int]) -> tuple[float, float, list[int]]:
         """Run one generation in the process and return what it measured."""
+        """As the side's own `Run`."""
         self._pipe.send(prompt)
         answer: tuple[float, float, list[int]] = self._pipe.recv()
         return answer
@@ -117,29 +118,30 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in runs}
     cpu: dict[str, list[float]] = {name: [] for name in runs}
     tokens: dict[str, list[int]] = {}
-    for run in runs.values():
-        run(prompt)
-    before = CpuUse.now()
+    for worker in runs.values():
+        worker.run(prompt)
     for round_ in range(ROUNDS):
         # who goes first alternates, so that a slow drift of the machine favours neither
         for name in sorted(runs, reverse=round_ % 2 == 1):
-            wall_s, cpu_s, tokens[name] = runs[name](prompt)
+            wall_s, cpu_s, tokens[name] = runs[name].run(prompt)
             rates[name].append(1 / wall_s)
             cpu[name].append(cpu_s)
-    note = contention_note(CpuUse.now().since(before))
     equal = tokens["edgekit"] == tokens["onnxruntime-genai"]
     for name, samples in rates.items():
         median, low, high = median_interval(samples)
         cpu_ms = 1e3 * statistics.median(cpu[name])
         print(f"{name:20} {median:7.1f} tokens/s [{low:.1f}, {high:.1f}], {cpu_ms:.1f} ms of CPU per token")
     ratio, low, high = median_interval([a / b for a, b in zip(*rates.values(), strict=True)])
-    print(f"ratio {ratio:.2f} [{low:.2f}, {high:.2f}], {'equal' if equal else 'OTHER'} tokens", *filter(None, [note]))
+    print(f"ratio {ratio:.2f} [{low:.2f}, {high:.2f}], {'equal' if equal else 'OTHER'} tokens")
     medians = {f"{name}_tokens_per_s": statistics.median(found) for name, found in rates.items()}
     summary = {"benchmark": "onnx_decode", "ratio": ratio, "ratio_low": low, "ratio_high": high, "equal_tokens": equal}
     cpu_ratio = statistics.median(b / a for a, b in zip(*cpu.values(), strict=True))
-    print(f"ratio by CPU time {cpu_ratio:.2f}")
+    cores = statistics.median(used * rate for name in runs for used, rate in zip(cpu[name], rates[name], strict=True))
+    print(f"ratio by CPU time {cpu_ratio:.2f}; each had {cores:.2f} cores to itself, of {threads} that it asked for")
     print(
-        json.dumps({**summary, "cpu_ratio": cpu_ratio, "threads": threads, "rounds": ROUNDS, **medians, "note": note})
+        json.dumps(
+            {**summary, "cpu_ratio": cpu_ratio, "threads": threads, "rounds": ROUNDS, **medians, "cores_used": cores}
+        )
     )
 
 
