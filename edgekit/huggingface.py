@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,22 +18,24 @@ from edgekit.errors import InputError
 
 # read by tqdm when it is imported; some of transformers' bars ignore its own switch
 os.environ.setdefault("TQDM_DISABLE", "1")
+# torchao registers enums with torch and is warned of it, which no user can change
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' bars and warnings: stages report progress themselves."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
+    from transformers.utils import logging as messages
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    verbosity = messages.get_verbosity()
+    messages.set_verbosity_error()
+    messages.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        messages.set_verbosity(verbosity)
+        messages.enable_progress_bar()
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False, **options: Any) -> Any:

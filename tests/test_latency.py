@@ -83,6 +83,11 @@ class SlowEngine:
         self.close()
 
 
+def test_a_slow_board_gives_fewer_samples() -> None:
+    found = measure_latency(SlowEngine, prompt_tokens=16, decode_tokens=4, repeats=50, budget_s=0.001)
+    assert {m.n for m in found} == {2}
+
+
 def test_a_known_speed_is_measured() -> None:
     engines: list[SlowEngine] = []
 

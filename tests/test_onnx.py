@@ -497,9 +497,13 @@ def test_the_builtin_model(tmp_path: Path) -> None:
             expected = torch_logits(reference, prompt)
             sequence = engine.start()
             logits = engine.step([Entry(sequence, token) for token in prompt]).logits
+            engine.release(sequence)
             assert divergence(expected, logits) < bound
             found = greedy(engine, prompt, 12)
-        assert found == greedy_genai(out, prompt, 12)
+            # genai suppresses the end of text up to its minimal length
+            found = found[: next((i for i, token in enumerate(found) if token in engine.end_tokens), 12)]
+        assert len(found) > 4
+        assert found == greedy_genai(out, prompt, 12)[: len(found)]
         if precision == "fp32":
-            assert found == greedy_torch(reference, prompt, 12)
+            assert found == greedy_torch(reference, prompt, len(found))
         shutil.rmtree(out)

@@ -6,7 +6,8 @@ import json
 
 import click
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from edgekit.recipe import find_recipe, recipe_names
 from edgekit.support import result_format, support_table
@@ -36,21 +37,20 @@ def list_(as_json: bool) -> None:
         ]
         click.echo(json.dumps(documents, indent=2))
         return
-    console = Console(highlight=False)
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("recipe", "format", "engine", "runs on", "default of", "what"):
-        table.add_column(title, overflow="fold")
+    console = Console(highlight=False, markup=False)
     reasons: dict[str, list[str]] = {}
     for r in recipes:
         runs = [cell for cell in cells[r.name] if cell.refused is None]
         chosen = sum(cell.default for cell in runs)
-        table.add_row(r.name, result_format(r), r.engine, f"{len(runs)} targets", str(chosen), r.description)
+        console.print(r.name, style="bold")
+        console.print(Padding(r.description, (0, 0, 0, 4)))
+        fit = f"{result_format(r)} for {r.engine}; runs on {len(runs)} targets, default of {chosen}"
+        console.print(Padding(Text(fit), (0, 0, 0, 4)))
         for cell in cells[r.name]:
             if cell.refused is not None:
                 reasons.setdefault(cell.refused, []).append(cell.target)
-    console.print(table)
     for reason, refused in reasons.items():
-        console.print(f"\nrefused on {', '.join(dict.fromkeys(refused))}: {reason}", markup=False)
+        console.print(f"\nrefused on {', '.join(dict.fromkeys(refused))}: {reason}")
 
 
 @command.command(name="show")

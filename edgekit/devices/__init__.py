@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from edgekit.config import Strict
 from edgekit.engine import EngineOptions
@@ -30,6 +30,7 @@ class LatencyJob(Strict):
     decode_tokens: PositiveInt = 64
     repeats: PositiveInt = 5
     warmup: NonNegativeInt = 1
+    budget_s: PositiveFloat = 60
 
 
 class DivergenceJob(Strict):

@@ -78,6 +78,7 @@ def measure_latency(
     decode_tokens: int = 64,
     repeats: int = 5,
     warmup: int = 1,
+    budget_s: float = 60,
     device: str | None = None,
     of: str = "bundle",
 ) -> list[Measurement]:
@@ -86,8 +87,9 @@ def measure_latency(
     `load_s` is the time of `open_engine`; every load but the first finds the file in the page cache, and the note
     tells the first. The last engine opened then runs `warmup` and `repeats` generations: a prompt in steps of at
     most `batch_tokens` (`prefill_tokens_per_s`), and greedy tokens one by one past any end of text
-    (`decode_tokens_per_s`). `ttft_s` runs from the text to the first token, with the model loaded. A note says
-    when others took more than 15% of the machine's CPU time.
+    (`decode_tokens_per_s`). Loads and generations each end early, but not before the second, when they have taken
+    `budget_s`: a slow board gives fewer samples, which `n` tells. `ttft_s` runs from the text to the first token,
+    with the model loaded. A note says when others took more than 15% of the machine's CPU time.
 
     Raises:
         InputError: the counts are not positive, or prompt and answer do not fit the context.
@@ -96,7 +98,7 @@ def measure_latency(
         found = f"{prompt_tokens} prompt, {decode_tokens} decode tokens, {repeats} repeats, {warmup} warm-up runs"
         raise InputError("positive counts for a latency measurement", found, "raise them")
     start = CpuUse.now()
-    loads, engine = _open_repeatedly(open_engine, repeats)
+    loads, engine = _open_repeatedly(open_engine, repeats, budget_s)
     loaded = CpuUse.now()
     with engine:
         needed, context = prompt_tokens + decode_tokens, engine.capabilities.context_tokens
@@ -107,7 +109,10 @@ def measure_latency(
         for _ in range(warmup):
             _generate(engine, text, prompt_tokens, decode_tokens)
         warm = CpuUse.now()
-        runs = [_generate(engine, text, prompt_tokens, decode_tokens) for _ in range(repeats)]
+        runs: list[_Repeat] = []
+        generating = time.perf_counter()
+        while not _enough(len(runs), repeats, generating, budget_s):
+            runs.append(_generate(engine, text, prompt_tokens, decode_tokens))
         done = CpuUse.now()
     disturbed = contention_note(done.since(warm))
 
@@ -128,13 +133,18 @@ def measure_latency(
     ]  # fmt: skip
 
 
-def _open_repeatedly(open_engine: Callable[[], Engine], times: int) -> tuple[list[float], Engine]:
+def _enough(done: int, repeats: int, since: float, budget_s: float) -> bool:
+    return done >= repeats or (done >= 2 and time.perf_counter() - since >= budget_s)
+
+
+def _open_repeatedly(open_engine: Callable[[], Engine], times: int, budget_s: float) -> tuple[list[float], Engine]:
     seconds: list[float] = []
+    opening = time.perf_counter()
     while True:
         start = time.perf_counter()
         engine = open_engine()
         seconds.append(time.perf_counter() - start)
-        if len(seconds) == times:
+        if _enough(len(seconds), times, opening, budget_s):
             return seconds, engine
         engine.close()
 
