@@ -151,9 +151,8 @@ def make_plan(
     kv_type = offered[0] if kv_type is None else kv_type
     if kv_type not in offered:
         known = ", ".join(offered)
-        raise InputError(
-            f"a type of {recipe.engine}'s KV cache ({known})", f"{kv_type!r}{suggest(kv_type, offered)}", "--kv-type"
-        )
+        found = f"{kv_type!r}{suggest(kv_type, offered)}"
+        raise InputError(f"a type of {recipe.engine}'s KV cache ({known})", found, f"--kv-type {offered[0]}")
     advice = [note for adapter in adapters for note in check_adapter(adapter, source, shape)]
     steps, result = _resolve_steps(source, recipe, adapters, kv_type)
     for step in steps:

@@ -35,6 +35,7 @@ EXTRAS = {
     "bitsandbytes": "quantize",
     "optimum": "quantize",
     "onnx": "onnx",
+    "onnx-ir": "onnx",
     "onnxruntime": "onnx",
     "onnxruntime-genai": "onnx",
     "tokenizers": "onnx",

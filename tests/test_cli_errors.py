@@ -55,7 +55,7 @@ def give_stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
     [
         (("build", "--json"), "missing option '--target'", "edgekit build"),
         (("run", "--json"), "missing argument 'BUNDLE'", "edgekit run"),
-        (("plan", "-t", "jetson", "--kv-type", "q9", "--json"), "'q9' is not one of", "edgekit plan"),
+        (("plan", "-t", "jetson", "--context", "q9", "--json"), "'q9' is not a valid integer", "edgekit plan"),
         (("targets", "shwo", "--json"), "no such command 'shwo'", "edgekit targets"),
         (("biuld", "--json"), "did you mean 'build'", "edgekit"),
         (("run", "x", "hi", "--threads", "100000", "--json"), "100000 is not in the range", "edgekit run"),
@@ -278,8 +278,11 @@ def test_validate_shows_the_gates(bundles: Any, bundle: Path, monkeypatch: pytes
 # --- everything that is wrong at once, and before the work
 
 
+_ENGINES = "engines: [llama_cpp, onnxruntime]"
+
+
 def test_a_target_names_only_engines_and_recipes_that_exist(tmp_path: Path) -> None:
-    text = (TARGETS / "raspberry-pi-5.yaml").read_text().replace("engines: [llama_cpp]", "engines: [llama_cp, tensort]")
+    text = (TARGETS / "raspberry-pi-5.yaml").read_text().replace(_ENGINES, "engines: [llama_cp, tensort]")
     lines = text.replace("default_recipe: gguf-q4-0", "default_recipe: gguf-q40").splitlines()
     path = tmp_path / "board.yaml"
     path.write_text("\n".join(lines))
