@@ -83,7 +83,9 @@ def test_every_recipe_is_built_somewhere() -> None:
     assert {name for name in recipe_names() if not name.startswith("gguf-")} == set(RECIPES)
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=pytest.mark.slow if name in CALIBRATION else ()) for name in sorted(RECIPES)]
+)
 def test_a_bundle_is_what_others_open(recipe: str, tiny_hf: Path, empty_store: Store, tmp_path: Path) -> None:
     opens, bound = RECIPES[recipe]
     built = build(tiny_hf, recipe, tmp_path / "dist")
