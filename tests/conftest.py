@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,9 @@ import tiny
 from edgekit.errors import ToolError
 from edgekit.store import Store
 from edgekit.tools import SDIST, SDIST_SHA256, converter_directory
+
+# a shell's background job inherits SIGINT as ignored, and so would every process that a test interrupts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
