@@ -23,11 +23,11 @@ from edgekit.build import BuildEvents, Built, build
 from edgekit.engine import EngineOptions
 from edgekit.engines import find_engine
 from edgekit.formats.weights import read_weights
+from edgekit.huggingface import load_tokenizer, text_windows
 from edgekit.measure.divergence import compare, open_reference
 from edgekit.model import resolve_model
 from edgekit.plan import Plan, make_plan
 from edgekit.recipe import Overrides, find_recipe
-from edgekit.stages._gptqmodel import calibration_windows
 from edgekit.store import Store
 from edgekit.target import find_target
 
@@ -141,7 +141,9 @@ def main() -> None:
             engine = plan.recipe.engine
             if name in ("gptq-4bit", "awq-4bit"):
                 method = name.partition("-")[0]
-                np.save(place / "windows.npy", calibration_windows(checkpoint, params[method], lambda *a: None))
+                tokenizer, read = load_tokenizer(checkpoint.path), params[method]
+                windows = text_windows(tokenizer, read.text, "calibration", read.windows, read.window_tokens)
+                np.save(place / "windows.npy", windows)
                 group = built.result.facts["group_size"]
                 settings: dict[str, Any] = {"bits": 4, "group_size": group, "sym": method == "gptq"}
                 if method == "gptq":

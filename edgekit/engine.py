@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
+
+from edgekit.errors import InputError
 
 FloatArray = npt.NDArray[np.float32]
 MAX_THREADS = 512
@@ -34,6 +37,41 @@ class EngineOptions:
     """Offload to the accelerator where the engine has one."""
     fall_back: bool = False
     """Run a model that was made for an accelerator without it where it is missing, instead of refusing."""
+
+    @property
+    def cpu_threads(self) -> int:
+        """`threads`, or the physical cores that this process may use."""
+        if self.threads is not None:
+            return self.threads
+        import psutil
+
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(allowed, psutil.cpu_count(logical=False) or allowed)
+
+    def check_counts(self) -> None:
+        """Raise InputError for a count below 1, or for more threads than any engine takes."""
+        for name in ("context_tokens", "sequences", "batch_tokens", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} of at least 1", str(value), f"raise {name}")
+        if self.threads is not None and self.threads > MAX_THREADS:
+            raise InputError(f"at most {MAX_THREADS} threads", str(self.threads), "lower threads")
+
+
+class Closing:
+    """The `with` statement for whatever has `close`."""
+
+    def close(self) -> None:
+        """Free what is held."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.artifact import Artifact
-from edgekit.calibration import Split, token_windows
+from edgekit.calibration import Generated, Split, find_text_set, generate_windows, token_windows
 from edgekit.errors import InputError
 
 # read by tqdm when it is imported; some of transformers' bars ignore its own switch
@@ -95,6 +95,22 @@ def text_windows(tokenizer: Any, text: str, split: Split, count: int, length: in
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     bos = tokenizer.bos_token_id if begins else None
     return token_windows(text, split, count, length, lambda t: tokenizer(t, add_special_tokens=False)["input_ids"], bos)
+
+
+def calibration_windows(
+    tokenizer: Any,
+    open_network: Callable[[], Any],
+    text: str,
+    count: int,
+    length: int,
+    progress: Callable[[int, int], None],
+) -> npt.NDArray[np.int32]:
+    """Windows of a calibration set, shape (count, length); `open_network` is called where the model writes its own."""
+    source = find_text_set(text).source
+    if not isinstance(source, Generated):
+        return text_windows(tokenizer, text, "calibration", count, length)
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return generate_windows(source, open_network(), count, length, bos, progress)
 
 
 def _first_line(error: Exception) -> str:

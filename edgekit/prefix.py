@@ -12,14 +12,13 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from edgekit.config import Strict
-from edgekit.engine import Capabilities, Engine, Entry, FloatArray, StepOutput
+from edgekit.engine import Capabilities, Closing, Engine, Entry, FloatArray, StepOutput
 from edgekit.errors import InputError
 
 FILE_NAME = "prefix.state"
@@ -167,7 +166,7 @@ class _Held:
     matched: int | None
 
 
-class Prefixed:
+class Prefixed(Closing):
     """An engine whose sequences begin with a prefix, as if it had been stepped by whoever starts them.
 
     Virtual tokens stand before every sequence and count in no length. Tokens of the prefix are not computed when a
@@ -273,11 +272,3 @@ class Prefixed:
     def close(self) -> None:
         """Free the model."""
         self._engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from pydantic import PositiveInt
+
 import edgekit.stages
 from edgekit.artifact import Artifact
 from edgekit.calibration import Split
@@ -32,6 +34,17 @@ class StageParams(Strict):
     def tools(self) -> tuple[str, ...]:
         """Distributions that change the output because of a parameter, besides those that the stage declares."""
         return ()
+
+
+class CalibratedParams(StageParams):
+    """Base of the parameters of a stage that reads calibration text."""
+
+    text_fields: ClassVar[Mapping[str, Split]] = {"text": "calibration"}
+
+    text: str = "python-docs"
+    """A text set, or the path of a file; only its calibration split is used."""
+    windows: PositiveInt = 16
+    window_tokens: PositiveInt = 512
 
 
 class Progress(Protocol):

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from edgekit.recipe import find_recipe, recipe_names
-from edgekit.support import result_format, support_table
+from edgekit.support import Support, result_format, support_table
 
 
 @click.group(name="recipes", short_help="List and show recipes.")
@@ -23,7 +23,9 @@ def command() -> None:
 def list_(as_json: bool) -> None:
     """List the recipes: format, engine, and the targets that run the result, choose it, or refuse it and why."""
     recipes = [find_recipe(name) for name in recipe_names()]
-    cells = {r.name: [cell for cell in support_table() if cell.recipe == r.name] for r in recipes}
+    cells: dict[str, list[Support]] = {}
+    for cell in support_table():
+        cells.setdefault(cell.recipe, []).append(cell)
     if as_json:
         documents = [
             {

@@ -13,13 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.engine import MAX_THREADS, Capabilities, EngineOptions, Entry, FloatArray, StepOutput
+from edgekit.engine import Capabilities, Closing, EngineOptions, Entry, FloatArray, StepOutput
 from edgekit.errors import InputError, ToolError, suggest
 from edgekit.formats import llama_state
 
@@ -155,7 +154,7 @@ def library() -> Any:
     return api
 
 
-class Vocabulary:
+class Vocabulary(Closing):
     """The tokenizer and metadata of an open GGUF file."""
 
     def __init__(self, path: Path, **params: Any) -> None:
@@ -271,14 +270,6 @@ class Vocabulary:
         if model:
             self._api.llama_model_free(model)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 class LlamaCpp(Vocabulary):
     """An open model with one KV cache of `context_tokens * sequences` cells, which forks share."""
@@ -305,7 +296,7 @@ class LlamaCpp(Vocabulary):
         settings.n_batch = options.batch_tokens
         settings.n_ubatch = min(options.batch_tokens, _UBATCH_TOKENS)
         settings.n_seq_max = options.sequences
-        settings.n_threads = settings.n_threads_batch = options.threads or usable_cores()
+        settings.n_threads = settings.n_threads_batch = options.cpu_threads
         settings.type_k = settings.type_v = getattr(api, f"GGML_TYPE_{options.kv_type.upper()}")
         settings.pooling_type = api.LLAMA_POOLING_TYPE_NONE
         settings.kv_unified = True
@@ -610,21 +601,8 @@ class _Batch:
         return batch
 
 
-def usable_cores() -> int:
-    """Physical cores that this process may use."""
-    import psutil
-
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, psutil.cpu_count(logical=False) or allowed)
-
-
 def _check_options(options: EngineOptions, max_sequences: int) -> None:
-    for name in ("context_tokens", "sequences", "batch_tokens", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} of at least 1", str(value), f"raise {name}")
-    if options.threads is not None and options.threads > MAX_THREADS:
-        raise InputError(f"at most {MAX_THREADS} threads", str(options.threads), "lower threads")
+    options.check_counts()
     if options.sequences > max_sequences:
         raise InputError(f"at most {max_sequences} sequences", str(options.sequences), "lower sequences")
     cells = options.context_tokens * options.sequences

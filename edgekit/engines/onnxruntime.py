@@ -7,15 +7,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from edgekit.engine import Capabilities, EngineOptions, Entry, FloatArray, StepOutput
+from edgekit.engine import Capabilities, Closing, EngineOptions, Entry, FloatArray, StepOutput
 from edgekit.engines._tokenizer import Tokenizer
-from edgekit.engines.llama_cpp import usable_cores
 from edgekit.errors import InputError, ToolError
 from edgekit.formats.onnx import read_tensors
 
@@ -133,7 +131,7 @@ class Config:
         return InputError(f"{wanted} in {self._path}", repr(found)[:200], "build or download the model again")
 
 
-class OnnxRuntime:
+class OnnxRuntime(Closing):
     """An open decoder whose KV cache is one buffer per layer: every sequence has a row that is read and written there.
 
     Attention (GroupQueryAttention of ONNX Runtime) takes past and present as the same memory, so a step copies
@@ -455,14 +453,6 @@ class OnnxRuntime:
         self._bindings = {}
         self._session = self._cache = None  # type: ignore[assignment]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 class _Cache:
     """Keys and values of all layers, each a buffer of shape (sequences, heads, context, head size)."""
@@ -530,7 +520,7 @@ class _Cache:
 def _open_session(config: Config, options: EngineOptions) -> Any:
     api = library()
     settings = api.SessionOptions()
-    settings.intra_op_num_threads = options.threads or usable_cores()
+    settings.intra_op_num_threads = options.cpu_threads
     settings.inter_op_num_threads = 1
     settings.log_severity_level = 4
     wanted = config.provider if options.accelerate else CPU
@@ -570,10 +560,7 @@ def _chunks(part: Sequence[tuple[int, int]], most: int) -> Iterator[Sequence[tup
 
 
 def _check_options(options: EngineOptions) -> None:
-    for name in ("context_tokens", "sequences", "batch_tokens", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} of at least 1", str(value), f"raise {name}")
+    options.check_counts()
     if options.kv_type not in _UNQUANTIZED:
         found = f"{options.kv_type!r}; an ONNX graph's cache has the graph's type"
         raise InputError("a KV cache that is not quantized", found, f"use {KV_TYPES[0]}")

@@ -10,19 +10,17 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
-from edgekit.engine import Capabilities, EngineOptions, Entry, FloatArray, StepOutput
+from edgekit.engine import Capabilities, Closing, EngineOptions, Entry, FloatArray, StepOutput
 from edgekit.engines._tokenizer import Tokenizer
-from edgekit.engines.llama_cpp import usable_cores
 from edgekit.errors import InputError, ToolError
 
 DISTRIBUTION = "torch"
 RUNS = ("checkpoint", "checkpoint[gptq]", "checkpoint[awq]", "checkpoint[bnb]")
-NEEDS = "a CUDA GPU or a desktop processor: PyTorch takes about 1 GiB besides the model"
+NEEDS = "a CUDA GPU or a desktop processor: PyTorch itself takes hundreds of MiB"
 KV_TYPES = ("f32",)
 
 _UNQUANTIZED = {"f32", "f16"}
@@ -52,7 +50,7 @@ def build_info() -> dict[str, str]:
     }
 
 
-class TorchReference:
+class TorchReference(Closing):
     """An open model with one cache per sequence.
 
     A step computes its sequences one after the other: `batch` is false, and taking several together saves nothing.
@@ -65,7 +63,7 @@ class TorchReference:
         self._path = path
         self._tokenizer = Tokenizer(path)
         self._device = "cuda" if options.accelerate and torch.cuda.is_available() else "cpu"
-        torch.set_num_threads(options.threads or usable_cores())
+        torch.set_num_threads(options.cpu_threads)
         self._network: Any = _load(path, self._device)
         self._size = int(self._network.get_output_embeddings().weight.shape[0])
         self._embedding_size = int(self._network.get_input_embeddings().embedding_dim)
@@ -254,14 +252,6 @@ class TorchReference:
         self._network = None
         self._caches.clear()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 def _library() -> Any:
     try:
@@ -306,9 +296,6 @@ def _chunks(part: Sequence[tuple[Entry, int]], most: int) -> Iterator[list[tuple
 
 
 def _check_options(options: EngineOptions) -> None:
-    for name in ("context_tokens", "sequences", "batch_tokens", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} of at least 1", str(value), f"raise {name}")
+    options.check_counts()
     if options.kv_type not in _UNQUANTIZED:
         raise InputError("a KV cache that is not quantized", repr(options.kv_type), f"use {KV_TYPES[0]}")

@@ -14,21 +14,18 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
-import numpy.typing as npt
-from pydantic import PositiveInt
 
 import edgekit
 from edgekit.artifact import Artifact
-from edgekit.calibration import Generated, Split, find_text_set, generate_windows
 from edgekit.errors import InputError, ToolError
 from edgekit.formats.safetensors import read_checkpoint
-from edgekit.huggingface import load_tokenizer, open_checkpoint, text_windows
+from edgekit.huggingface import calibration_windows, load_tokenizer, open_checkpoint
 from edgekit.model import ModelShape, elements, read_config
-from edgekit.stage import Facts, Progress, StageContext, StageParams, Tensor
+from edgekit.stage import CalibratedParams, Facts, Progress, StageContext, Tensor
 from edgekit.stages._quantized import (
     copy_side_files,
     is_matrix,
@@ -43,17 +40,6 @@ AUTO_GROUP_SIZES = (128, 64, 32)
 _META = ("quantizer", "uri", "damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "mse",
          "act_group_aware")  # fmt: skip
 """What GPTQModel's `meta` says of the weights; the rest is about the machine, with paths of it."""
-
-
-class CalibratedParams(StageParams):
-    """Parameters of both stages: the calibration text, as for `imatrix`."""
-
-    text_fields: ClassVar[Mapping[str, Split]] = {"text": "calibration"}
-
-    text: str = "python-docs"
-    """A text set, or the path of a file; only its calibration split is used."""
-    windows: PositiveInt = 16
-    window_tokens: PositiveInt = 512
 
 
 def quantize(
@@ -78,7 +64,10 @@ def quantize(
 
     Raises ToolError with the library's last line when it fails.
     """
-    windows = calibration_windows(model, params, ctx.progress)
+    tokenizer = load_tokenizer(model.path, trust_remote_code=bool(model.facts["trust_remote_code"]))
+    windows = calibration_windows(
+        tokenizer, lambda: open_checkpoint(model)[1], params.text, params.windows, params.window_tokens, ctx.progress
+    )
     copy_side_files(model, out)
     config = read_config(model.path)
     with tempfile.TemporaryDirectory(dir=out) as scratch:
@@ -105,17 +94,6 @@ def quantize(
         "text": params.text,
         "weight_bytes": sum(tensor.nbytes for tensor in read_checkpoint(out).values()),
     }
-
-
-def calibration_windows(model: Artifact, params: CalibratedParams, progress: Progress) -> npt.NDArray[np.int32]:
-    """Token windows of the calibration text, shape (windows, window_tokens)."""
-    source = find_text_set(params.text).source
-    if isinstance(source, Generated):
-        tokenizer, network = open_checkpoint(model)
-        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        return generate_windows(source, network, params.windows, params.window_tokens, bos, progress)
-    tokenizer = load_tokenizer(model.path, trust_remote_code=bool(model.facts["trust_remote_code"]))
-    return text_windows(tokenizer, params.text, "calibration", params.windows, params.window_tokens)
 
 
 def find_group_size(

@@ -10,9 +10,8 @@ from pydantic import Field
 
 from edgekit.artifact import Artifact
 from edgekit.model import ModelShape
-from edgekit.stage import Facts, StageContext, Tensor, stage
+from edgekit.stage import CalibratedParams, Facts, StageContext, Tensor, stage
 from edgekit.stages._gptqmodel import (
-    CalibratedParams,
     calibrated_host_bytes,
     find_group_size,
     packed_bytes,

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
-from pydantic import PositiveInt
 
 from edgekit.artifact import Artifact
-from edgekit.calibration import Generated, Split, find_text_set, generate_windows
-from edgekit.huggingface import open_checkpoint, text_windows
+from edgekit.huggingface import calibration_windows, open_checkpoint
 from edgekit.model import gguf_names
-from edgekit.stage import Facts, StageContext, StageParams, stage
+from edgekit.stage import CalibratedParams, Facts, StageContext, stage
 
 FILE_NAME = "imatrix.gguf"
 
 
-class Params(StageParams):
+class Params(CalibratedParams):
     """Parameters of `imatrix`."""
-
-    text_fields: ClassVar[Mapping[str, Split]] = {"text": "calibration"}
-
-    text: str = "python-docs"
-    """A text set, or the path of a file; only its calibration split is used."""
-    windows: PositiveInt = 16
-    window_tokens: PositiveInt = 512
 
 
 @stage(version=1, takes="checkpoint", gives="imatrix", tools=("torch", "transformers", "gguf"))
@@ -39,12 +29,9 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     import torch
 
     tokenizer, network = open_checkpoint(model)
-    source = find_text_set(params.text).source
-    if isinstance(source, Generated):
-        bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        windows = generate_windows(source, network, params.windows, params.window_tokens, bos, ctx.progress)
-    else:
-        windows = text_windows(tokenizer, params.text, "calibration", params.windows, params.window_tokens)
+    windows = calibration_windows(
+        tokenizer, lambda: network, params.text, params.windows, params.window_tokens, ctx.progress
+    )
     # llama.cpp leaves the head out, too: its matrix is often the embedding, which has no inputs of this kind
     head = network.get_output_embeddings()
     linears = {
