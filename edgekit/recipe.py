@@ -118,12 +118,18 @@ def find_recipe(name: str, overrides: Overrides | None = None, adapters: Sequenc
 def _with_adapters(recipe: Recipe, adapters: Sequence[Adapter], begins: bool) -> Recipe:
     stages = list(recipe.stages)
     named = {stage.name for stage, _ in stages}
-    weights = tuple(adapter.weight for adapter in adapters if adapter.method not in PREPENDED)
-    if weights and "merge" not in named:
+    prepended = [adapter for adapter in adapters if adapter.method in PREPENDED]
+    if len(prepended) < len(adapters) and "merge" not in named:
         merge = find_stage("merge")
+        # one for each adapter, as the stage counts them
+        weights = tuple(adapter.weight for adapter in adapters)
         stages.insert(1, (merge, merge.params.model_validate({"weights": weights})))
-    if (begins or len(weights) < len(adapters)) and "prefix" not in named:
-        stages.append((find_stage("prefix"), find_stage("prefix").params()))
+    if (begins or prepended) and "prefix" not in named:
+        prefix = find_stage("prefix")
+        if not any(stage.gives in prefix.takes for stage, _ in stages):
+            found = f"{recipe.name}, for {recipe.engine}"
+            raise InputError("a recipe that makes GGUF, to ship a computed beginning", found, "--recipe gguf-q4")
+        stages.append((prefix, prefix.params()))
     return replace(recipe, stages=tuple(stages))
 
 

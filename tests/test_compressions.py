@@ -10,6 +10,7 @@ import adapters
 import pytest
 import tiny
 
+from edgekit.adapter import resolve_adapter
 from edgekit.bundle import open_bundle
 from edgekit.recipe import find_recipe, recipe_names
 from edgekit.store import Store
@@ -191,3 +192,27 @@ def test_an_engine_states_its_cache_types(tiny_hf: Path) -> None:
     done = tiny.edgekit("plan", tiny_hf, "--target", "generic-x86", "--recipe", "onnx-int4", "--kv-type", "q8_0")
     assert done.code == 2
     assert "f32" in done.stderr
+
+
+def test_what_onnx_cannot_take_is_refused_before_any_work(tiny_hf: Path, empty_store: Store) -> None:
+    plan = ("plan", tiny_hf, "--target", "generic-x86", "--recipe", "onnx-int4")
+    for setting, told in (
+        ("gptq.act_order=true", "act-order"),
+        ("gptq.bits=3", "gptq-int3"),
+        ("onnx.precision=fp16", "fp16"),
+    ):
+        done = tiny.edgekit(*plan, "--set", setting)
+        assert done.code == 2
+        assert told in done.stderr
+    beginning = tiny.edgekit(*plan, "--system", "Be brief.")
+    assert beginning.code == 2
+    assert "a recipe that makes GGUF" in beginning.stderr
+
+
+def test_a_weight_belongs_to_its_adapter_whatever_stands_before_it(tiny_hf: Path, tmp_path: Path) -> None:
+    with adapters.quiet():
+        prompt = adapters.train(tiny_hf, tmp_path / "prompt", adapters.config_of("prompt"))
+        lora = adapters.train(tiny_hf, tmp_path / "lora", adapters.config_of("lora"))
+    given = [resolve_adapter(text) for text in (str(prompt), f"{lora}=0.5")]
+    (merge,) = (params for stage, params in find_recipe("gguf-q8", None, given).stages if stage.name == "merge")
+    assert merge.model_dump()["weights"] == (1.0, 0.5)

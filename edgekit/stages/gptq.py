@@ -66,7 +66,8 @@ def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> 
         codes = packed_bytes(inputs, bits) * outputs
         return codes + groups * (2 * outputs + packed_bytes(outputs, bits)) + 4 * inputs
 
-    return predict_tensors(tensors, type_name("gptq", bits, group_size), matrix_bytes), ()
+    name = type_name("gptq", bits, group_size) + ("-act-order" if params.act_order else "")
+    return predict_tensors(tensors, name, matrix_bytes), ()
 
 
 def host_bytes(shape: ModelShape, params: Params) -> int:

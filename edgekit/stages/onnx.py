@@ -127,11 +127,11 @@ def predict(
         name = tensor.name
         if name == "rope_freqs.weight":
             continue  # folded into the tables
+        gptq = _planned_gptq(tensor, params)
         if len(tensor.shape) != 2 or not integer or (name == "token_embd.weight" and not tied):
             half = name == "token_embd.weight" and integer
             stored.append(replace(tensor, type="f16" if half else real, stored_bytes=None))
             continue
-        gptq = re.fullmatch(r"gptq-int(\d+)-g(\d+)", tensor.type)
         bits, block = map(int, gptq.groups()) if gptq else (_bits(name, params, layers), params.block_size)
         zeros = gptq is not None or params.algorithm.startswith("k_quant")
         columns, rows = tensor.shape
@@ -180,6 +180,20 @@ def _shares_head(columns: int, params: Params, provider: str) -> bool:
         return provider != "tensorrt"
     # the builder does not; `_shrink_embedding` does, where it can
     return provider == "cpu" and columns % params.block_size == 0 and not params.algorithm.startswith("k_quant")
+
+
+def _planned_gptq(tensor: Tensor, params: Params) -> re.Match[str] | None:
+    """Bits and group size of a planned GPTQ matrix; None for another. Raises InputError for one `run` would refuse."""
+    if not tensor.type.startswith("gptq-"):
+        return None
+    found = re.fullmatch(r"gptq-int(\d+)-g(\d+)", tensor.type)
+    if found is None or f"int{found[1]}" != params.precision or int(found[2]) not in _BLOCKS:
+        raise InputError(
+            f"GPTQ weights of {params.precision} for ONNX, in groups of {', '.join(map(str, _BLOCKS))}, no act-order",
+            f"{tensor.type} for {tensor.name}",
+            "--set gptq.bits=4 --set gptq.group_size=64 --set gptq.act_order=false",
+        )
+    return found
 
 
 def refuses(params: Params, target: Target) -> str | None:
@@ -236,11 +250,11 @@ def _check_gptq(path: Path, quantization: Mapping[str, Any], params: Params) -> 
     if group not in _BLOCKS:
         raise refuse(f"a group size of {', '.join(map(str, _BLOCKS))}", str(group), "--set gptq.group_size=64")
     if quantization.get("checkpoint_format", "gptq") != "gptq":
-        raise refuse("the format gptq", str(quantization["checkpoint_format"]), "--set gptq.format=gptq")
+        raise refuse("the format gptq", str(quantization["checkpoint_format"]), "save it in the format gptq")
     if quantization.get("dynamic") or quantization.get("lm_head"):
         raise refuse("one type for all layers", "other types for some, or for the head", "quantize all layers alike")
     if quantization.get("desc_act") or _reorders(path, group):
-        raise refuse("groups in the order of the columns", "act-order", "--set gptq.desc_act=false")
+        raise refuse("desc_act=false, groups in the order of the columns,", "act-order", "--set gptq.act_order=false")
 
 
 def _reorders(path: Path, group: int) -> bool:
