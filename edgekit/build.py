@@ -41,6 +41,10 @@ class Built:
     """The latest plain checkpoint: the model with its adapters."""
     prefix: Artifact | None
     """The precomputed start of every sequence, where the plan makes one."""
+    verifier: Artifact | None
+    """The verifier for the result, where the plan has one."""
+    strategies: Artifact | None
+    """What each strategy gets right, where it was measured."""
     told: tuple[tuple[str, Artifact], ...]
     """(stage, artifact) of the steps whose facts hold measurements or notes for the report."""
     evaluations: tuple[tuple[str, Artifact], ...]
@@ -84,13 +88,15 @@ class _Run:
             result = self.artifact(self.plan.result)
             names = {step.stage.name: index for index, step in enumerate(self.plan.steps)}
             checkpoint = self.artifact(names.get("merge", 0))
-            prefix = self.artifact(names["prefix"]) if "prefix" in names else None
+            prefix, verifier, strategies = (
+                self.artifact(names[name]) if name in names else None for name in ("prefix", "verifier", "strategies")
+            )
             told = tuple(
                 (step.stage.name, self.artifact(i)) for i, step in enumerate(self.plan.steps) if step.stage.reports
             )
             digests = tuple(dict.fromkeys(self.digest(index) for index in range(len(self.plan.steps))))
         steps = tuple(self.records[index] for index in range(len(self.plan.steps)))
-        return Built(result, checkpoint, prefix, told, evaluations, steps, digests)
+        return Built(result, checkpoint, prefix, verifier, strategies, told, evaluations, steps, digests)
 
     def artifact(self, index: int) -> Artifact:
         """The verified artifact of a step, executing whatever is missing or damaged."""

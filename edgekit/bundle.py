@@ -10,11 +10,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import jinja2
 import psutil
-from pydantic import ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
 import edgekit
 from edgekit.artifact import (
@@ -28,15 +28,19 @@ from edgekit.artifact import (
 )
 from edgekit.build import Built
 from edgekit.config import Strict, explain
+from edgekit.decode import Choice, Options, Sampling
 from edgekit.engine import Engine, EngineOptions
 from edgekit.engines import find_engine
 from edgekit.errors import InputError
-from edgekit.plan import Plan
+from edgekit.measure.strategies import StrategyRow
+from edgekit.plan import Plan, choose_strategy
 from edgekit.prefix import Prefixed, StateEngine, load_prefix
 from edgekit.report import Report
 from edgekit.report.write import write_report
 from edgekit.store import explain_disk, require_writable
+from edgekit.tasks import find_task
 from edgekit.tools import copy_file, tool_version
+from edgekit.verifier import Verifier, load_verifier
 
 M = TypeVar("M", bound=Strict)
 
@@ -45,9 +49,47 @@ SETTINGS = "settings.json"
 MODEL_DIRECTORY = "model"
 """Where a model of several files goes; one of a single file keeps its name at the top."""
 TOKENIZER_DIRECTORY = "tokenizer"
+VERIFIER_DIRECTORY = "verifier"
 REPORT_FILES = ("report.html", "report.json", "report.md")
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*")
 _NOT_TOKENIZER = ("manifest.json", "model.safetensors.index.json")
+
+
+class DecodeSettings(Strict):
+    """How the bundle answers: the strategy and its arguments, as `edgekit.decode.Options` has them."""
+
+    strategy: str = "greedy"
+    candidates: PositiveInt = 8
+    max_tokens: PositiveInt = 256
+    temperature: NonNegativeFloat = 0.7
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    min_p: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    top_n_sigma: NonNegativeFloat = 0.0
+    stop: tuple[str, ...] = ()
+    answer: str = "text"
+    block_tokens: PositiveInt = 16
+    width: PositiveInt = 4
+    steps: PositiveInt = 64
+    momentum: Annotated[float, Field(ge=0, le=1)] | None = None
+    choices: tuple[tuple[float, str, PositiveInt], ...] = ()
+    """For `auto`: (difficulty, strategy, candidates), measured when the bundle was built."""
+
+    def options(self, **changes: Any) -> Options:
+        """Options of a session; `changes` are further arguments, or other values."""
+        fields = self.model_dump(exclude={"strategy", "choices"}) | changes
+        filters = ("temperature", "top_k", "top_p", "min_p", "top_n_sigma")
+        sampling = Sampling(**{name: fields.pop(name) for name in filters})
+        choices = tuple(Choice(*choice) for choice in self.choices)
+        return Options(sampling=sampling, choices=choices, **fields)
+
+
+class TrafficSettings(Strict):
+    """What a step costs on the target, as `edgekit.decode.Traffic` has it."""
+
+    weight_bytes: NonNegativeInt = 0
+    kv_bytes_per_token: NonNegativeInt = 0
+    watts: NonNegativeFloat | None = None
 
 
 class Settings(Strict):
@@ -62,19 +104,31 @@ class Settings(Strict):
     threads: int | None
     """CPU threads; None takes the physical cores of the machine it runs on."""
     kv_type: str
-    strategy: str = "greedy"
+    decode: DecodeSettings = DecodeSettings()
+    traffic: TrafficSettings = TrafficSettings()
+    verifier: str | None = None
+    """The directory of the verifier."""
     prefix: str | None = None
     """A file with the precomputed start of every sequence."""
     system: str | None = None
     """The system prompt that the prefix holds."""
 
-    def options(self, threads: int | None = None) -> EngineOptions:
-        """Engine options; `threads` overrides the settings, which never ask for more than the machine has."""
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """What it names of the bundle."""
+        return tuple(filter(None, (self.model, self.tokenizer, self.verifier, self.prefix)))
+
+    def options(self, threads: int | None = None, candidates: int = 1) -> EngineOptions:
+        """Engine options; `threads` overrides the settings, which never ask for more than the machine has.
+
+        Candidates share one KV cache of the context's size: several cost no more memory than the plan foresees.
+        """
         here = None if self.threads is None else min(self.threads, os.cpu_count() or 1)
         return EngineOptions(
             context_tokens=self.context_tokens,
             # a prefix is held in a sequence of its own
-            sequences=1 if self.prefix is None else 2,
+            sequences=candidates + (self.prefix is not None),
+            total_tokens=self.context_tokens if candidates > 1 else None,
             threads=threads or here,
             kv_type=self.kv_type,
             fall_back=True,
@@ -128,16 +182,16 @@ def open_bundle(path: Path) -> Bundle:
         raise InputError("a bundle directory", found, "edgekit build --target local")
     manifest = _read(path / MANIFEST, BundleManifest)
     settings = _read(path / SETTINGS, Settings)
-    for name in (*manifest.files, *manifest.measurements, settings.model, settings.tokenizer, settings.prefix or "."):
+    for name in (*manifest.files, *manifest.measurements, *settings.paths):
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise InputError(f"files inside {path}", f"{name!r} in its manifest or settings", "do not use this bundle")
     return Bundle(path, manifest, settings)
 
 
-def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
+def open_engine(bundle: Bundle, threads: int | None = None, candidates: int = 1) -> Engine:
     """Open a bundle's model as its settings say, behind its prefix where it has one. Raises as engines do."""
     settings = bundle.settings
-    engine = find_engine(settings.engine).open_model(bundle.model, settings.options(threads))
+    engine = find_engine(settings.engine).open_model(bundle.model, settings.options(threads, candidates))
     if settings.prefix is None:
         return engine
     try:
@@ -151,6 +205,12 @@ def open_engine(bundle: Bundle, threads: int | None = None) -> Engine:
         engine.close()
         raise
     return Prefixed(engine, loaded)
+
+
+def open_verifier(bundle: Bundle) -> Verifier | None:
+    """The bundle's verifier, or None where it has none. Raises InputError when it is damaged."""
+    name = bundle.settings.verifier
+    return None if name is None else load_verifier(bundle.path / name)[1]
 
 
 def _read(path: Path, model: type[M]) -> M:
@@ -204,6 +264,9 @@ def stage_bundle(plan: Plan, built: Built, out: Path) -> Path:
             names = {p.name for pattern in _TOKENIZER_FILES for p in built.checkpoint.path.glob(pattern)}
             for name in sorted(names.difference(_NOT_TOKENIZER)):
                 copy_file(built.checkpoint.path / name, work / TOKENIZER_DIRECTORY / name)
+        if built.verifier is not None:
+            for name in built.verifier.manifest.files:
+                copy_file(built.verifier.path / name, work / VERIFIER_DIRECTORY / name)
         if built.prefix is not None:
             copy_file(built.prefix.model_path, work / built.prefix.model_path.name)
         (work / SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n")
@@ -249,6 +312,8 @@ def settings_of(plan: Plan, built: Built) -> Settings:
         engine=plan.recipe.engine,
         model=built.result.model_path.name if one_file else MODEL_DIRECTORY,
         tokenizer=TOKENIZER_DIRECTORY if one_file else MODEL_DIRECTORY,
+        decode=_decode_settings(plan, built),
+        verifier=None if built.verifier is None else VERIFIER_DIRECTORY,
         prefix=None if built.prefix is None else built.prefix.model_path.name,
         system=next(
             (getattr(params, "system", None) for stage, params in plan.recipe.stages if stage.name == "prefix"), None
@@ -256,7 +321,37 @@ def settings_of(plan: Plan, built: Built) -> Settings:
         context_tokens=plan.context_tokens,
         threads=None if here else plan.target.compute.threads,
         kv_type=plan.kv_type,
+        traffic=TrafficSettings(
+            weight_bytes=plan.weight_bytes,
+            kv_bytes_per_token=plan.memory.kv_cache_bytes // plan.context_tokens,
+            watts=watts.value if (watts := plan.target.power.typical_w) else None,
+        ),
     )
+
+
+def _decode_settings(plan: Plan, built: Built) -> DecodeSettings:
+    """The strategy that got most right within the bound on `answer_s`, where strategies were measured."""
+    if built.strategies is None:
+        return DecodeSettings()
+    chosen = choose_strategy(plan, strategy_rows(built))
+    params = next(params for stage, params in plan.recipe.stages if stage.name == "strategies")
+    task = find_task(plan.recipe.tasks[0])
+    return DecodeSettings(
+        strategy=chosen.strategy,
+        candidates=chosen.candidates,
+        max_tokens=task.max_tokens,
+        temperature=params.temperature,  # type: ignore[attr-defined]
+        top_p=params.top_p,  # type: ignore[attr-defined]
+        stop=task.stop,
+        answer=task.answer,
+        choices=tuple(tuple(choice) for choice in built.strategies.facts["choices"]),
+    )
+
+
+def strategy_rows(built: Built) -> tuple[StrategyRow, ...]:
+    """What the strategies got right and cost."""
+    rows = () if built.strategies is None else built.strategies.facts["rows"]
+    return tuple(StrategyRow.model_validate(row) for row in rows)
 
 
 def _is_one_file(artifact: Artifact) -> bool:

@@ -12,7 +12,9 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edgekit.artifact import read_json
+from edgekit.engine import Engine
 from edgekit.errors import InputError
+from edgekit.tasks import Problem
 
 
 def render_chat(tokenizer: Path, messages: Sequence[Mapping[str, str]]) -> str | None:
@@ -40,6 +42,18 @@ def render_chat(tokenizer: Path, messages: Sequence[Mapping[str, str]]) -> str |
         return environment.from_string(source).render(messages=messages, add_generation_prompt=True, **tokens)
     except (jinja2.TemplateError, TypeError, ValueError, RecursionError) as error:
         raise InputError("a conversation that the chat template takes", str(error), "try --raw") from None
+
+
+def problem_tokens(engine: Engine, tokenizer: Path, problem: Problem) -> list[int]:
+    """The prompt of a task's problem, as tokens. Raises InputError where it needs a chat template and there is none."""
+    messages = [{"role": "user", "content": problem.prompt}]
+    if problem.system is not None:
+        messages.insert(0, {"role": "system", "content": problem.system})
+    text = render_chat(tokenizer, messages) if problem.chat else problem.prompt
+    if text is None:
+        raise InputError(f"a chat template in {tokenizer}", "none", "choose a task that continues text")
+    # a chat template writes the beginning of text itself
+    return engine.tokenize(text, special=True)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -25,6 +25,7 @@ COMMANDS = {
     "recipes": "List and show recipes.",
     "run": "Generate text with a bundle.",
     "targets": "List and show hardware targets.",
+    "train": "Train a companion for a model: a verifier.",
     "validate": "Check a bundle's files and measure it again.",
 }
 """Every module of `commands/` with the summary that `--help` prints; stated here so that help imports none."""

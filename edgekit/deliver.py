@@ -20,13 +20,16 @@ from edgekit.bundle import (
     model_summary,
     settings_of,
     stage_bundle,
+    strategy_rows,
 )
 from edgekit.devices import Device, Fingerprint, Job, JobResult, LatencyJob, Measures
 from edgekit.formats.weights import Weight, read_weights
 from edgekit.gates import check_gates
+from edgekit.measure.strategies import StrategyRow
 from edgekit.measurement import Measurement
-from edgekit.plan import Plan
-from edgekit.report import Fallback, MemoryPart, Report, TensorGroup
+from edgekit.plan import Plan, choose_strategy
+from edgekit.predict.latency import predict_answer
+from edgekit.report import Fallback, MemoryPart, Report, StrategyResult, TensorGroup
 from edgekit.stages.evaluate import read_evaluation
 from edgekit.store import Store
 from edgekit.tools import tool_version
@@ -93,6 +96,11 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
     for stage, artifact in built.told:
         told = artifact.facts.get("measurements", ())
         measurements += [Measurement.model_validate({**fields, "of": stage}) for fields in told]
+    strategies = strategy_rows(built)
+    if strategies:
+        chosen = choose_strategy(plan, strategies)
+        measurements.append(predict_answer(plan.target, plan.predictions, chosen))
+        measurements.append(_accuracy(chosen, device))
     weights = read_weights(built.result.model_path)
     measurements.append(_bytes("weight_bytes", sum(weight.nbytes for weight in weights)))
     measurements.append(_bytes("bundle_bytes", payload_bytes))
@@ -130,6 +138,14 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
             MemoryPart(name="margin", bytes=plan.memory.margin_bytes),
         ),
         divergence_per_window=windows,
+        strategies=tuple(
+            StrategyResult(
+                **row.model_dump(),
+                answer_s=predict_answer(plan.target, plan.predictions, row).value,
+                chosen=bool(strategies) and row == chosen,
+            )
+            for row in strategies
+        ),
         notes=tuple(_notes(plan, built, device, timed, here)),
     )
 
@@ -162,6 +178,20 @@ def _notes(plan: Plan, built: Built, device: Fingerprint, timed: JobResult, here
             "Name your own text with --set evaluation.text=FILE before you rely on it for another domain."
         )
     return notes
+
+
+def _accuracy(row: StrategyRow, device: Fingerprint) -> Measurement:
+    return Measurement(
+        name="task_accuracy",
+        value=row.accuracy,
+        unit="ratio",
+        kind="measured",
+        n=row.problems,
+        ci_low=row.ci_low,
+        ci_high=row.ci_high,
+        device=device.text,
+        note=f"{row.task} by {row.strategy} with {row.candidates} candidates; chosen on these very problems",
+    )
 
 
 def _bytes(name: str, value: int) -> Measurement:

@@ -27,6 +27,8 @@ class EngineOptions:
     """Tokens that one sequence can hold."""
     sequences: int = 1
     """Sequences that can be alive at once."""
+    total_tokens: int | None = None
+    """Tokens that all sequences can hold together, those that forks share counted once; None: each can be full."""
     batch_tokens: int = 512
     """Most entries in one step."""
     threads: int | None = None
@@ -50,7 +52,7 @@ class EngineOptions:
 
     def check_counts(self) -> None:
         """Raise InputError for a count below 1, or for more threads than any engine takes."""
-        for name in ("context_tokens", "sequences", "batch_tokens", "threads"):
+        for name in ("context_tokens", "sequences", "total_tokens", "batch_tokens", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} of at least 1", str(value), f"raise {name}")
@@ -86,6 +88,8 @@ class Capabilities:
     context_tokens: int
     sequences: int
     batch_tokens: int
+    total_tokens: int = 1 << 62
+    """Positions that all sequences can hold together, those that forks share counted once."""
 
 
 @dataclass(frozen=True)

@@ -70,3 +70,14 @@ def median_interval(samples: Sequence[float]) -> tuple[float, float, float]:
     low = max(0, math.floor(n / 2 - reach) - 1)
     high = min(n - 1, math.ceil(n / 2 + reach))
     return statistics.median(ordered), ordered[low], ordered[high]
+
+
+def share_interval(successes: float, n: int) -> tuple[float, float, float]:
+    """Share of successes among n trials and Wilson's 95% interval: (share, low, high).
+
+    Unlike the normal approximation it is not empty where all or none succeeded (Wilson, 1927).
+    """
+    share, z2 = successes / n, 1.96**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))

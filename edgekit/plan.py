@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -12,12 +13,14 @@ import psutil
 from edgekit.adapter import Adapter, check_adapter
 from edgekit.artifact import Artifact, canonical_sha256
 from edgekit.calibration import check_text, text_digest
+from edgekit.companion import Companion, check_verifier
 from edgekit.engines import find_engine
 from edgekit.errors import DoesNotFit, InputError, suggest
+from edgekit.measure.strategies import StrategyRow
 from edgekit.measurement import Measurement
 from edgekit.model import ModelShape, Source, model_shape
-from edgekit.predict.latency import predict_latency
-from edgekit.predict.memory import MemoryPlan, plan_memory
+from edgekit.predict.latency import predict_answer, predict_latency
+from edgekit.predict.memory import MemoryPlan, kv_cache_bytes, plan_memory
 from edgekit.recipe import Gate, Recipe
 from edgekit.stage import Stage, StageParams, Tensor, find_stage
 from edgekit.store import Record, Store
@@ -33,7 +36,7 @@ _WINDOWS_ON_THE_WAY = 2
 
 @dataclass(frozen=True)
 class Step:
-    """One execution of a stage. Inputs are indices of earlier steps; -1 is the model, -2 and below the adapters."""
+    """One execution of a stage. Inputs are indices of earlier steps; below 0 stand model, adapters and companion."""
 
     stage: Stage
     params: StageParams
@@ -64,6 +67,7 @@ class Plan:
 
     source: Source
     adapters: tuple[Adapter, ...]
+    companion: Companion | None
     shape: ModelShape
     recipe: Recipe
     target: Target
@@ -84,8 +88,18 @@ class Plan:
     @property
     def inputs(self) -> dict[int, Artifact]:
         """What the user gave, by the index that steps know it by."""
-        given = (self.source.artifact, *(adapter.artifact for adapter in self.adapters))
+        given = [self.source.artifact, *(adapter.artifact for adapter in self.adapters)]
+        if self.companion is not None:
+            given.append(self.companion.artifact)
         return {-1 - position: artifact for position, artifact in enumerate(given)}
+
+    @property
+    def base_digest(self) -> str:
+        """What a companion is made for: the source model with its adapters, however it is quantized."""
+        if not self.adapters:
+            return self.source.artifact.digest
+        adapters = [[adapter.artifact.digest, adapter.weight] for adapter in self.adapters]
+        return canonical_sha256([self.source.artifact.digest, adapters])
 
     @property
     def tools(self) -> tuple[str, ...]:
@@ -131,6 +145,7 @@ def make_plan(
     context_tokens: int | None = None,
     kv_type: str | None = None,
     adapters: Sequence[Adapter] = (),
+    companion: Companion | None = None,
 ) -> Plan:
     """Resolve a build. Raises InputError where stages do not fit together or the engine is not the target's."""
     if why := refusal(recipe, target):
@@ -154,15 +169,22 @@ def make_plan(
         found = f"{kv_type!r}{suggest(kv_type, offered)}"
         raise InputError(f"a type of {recipe.engine}'s KV cache ({known})", found, f"--kv-type {offered[0]}")
     advice = [note for adapter in adapters for note in check_adapter(adapter, source, shape)]
-    steps, result = _resolve_steps(source, recipe, adapters, kv_type)
+    filled = {
+        "engine": recipe.engine,
+        "kv_type": kv_type,
+        "context_tokens": min(context, 2048),
+        "kv_bytes_per_token": kv_cache_bytes(shape, context, kv_type) // context,
+    }
+    steps, result = _resolve_steps(source, recipe, adapters, companion, filled)
     for step in steps:
         _check_texts(step, shape)
     tensors, fallbacks = _predict_tensors(shape, target, steps, result)
     weight_bytes = sum(t.nbytes for t in tensors)
     memory = plan_memory(shape, weight_bytes, target.memory.usable_bytes.value, context, kv_type)
-    return Plan(
+    plan = Plan(
         source=source,
         adapters=tuple(adapters),
+        companion=companion,
         shape=shape,
         recipe=recipe,
         target=target,
@@ -176,6 +198,9 @@ def make_plan(
         fallbacks=tuple(fallbacks),
         notes=tuple(advice),
     )
+    if companion is None:
+        return plan
+    return replace(plan, notes=(*plan.notes, *check_verifier(companion, plan.base_digest, recipe.engine, recipe.tasks)))
 
 
 def _check_texts(step: Step, shape: ModelShape) -> None:
@@ -191,6 +216,21 @@ def _check_texts(step: Step, shape: ModelShape) -> None:
         )
     for name, split in step.params.text_fields.items():
         check_text(getattr(step.params, name), split, windows * length)
+
+
+def choose_strategy(plan: Plan, rows: Sequence[StrategyRow]) -> StrategyRow:
+    """The row that got most right on the first task within every gate on `answer_s`; of equals the cheapest.
+
+    Where none is within, the fastest. Controls are never chosen.
+    """
+    bounds = [gate.max for gate in plan.recipe.gates if gate.measure == "answer_s" and gate.max is not None]
+    bound = min(bounds, default=math.inf)
+    eligible = [row for row in rows if row.verifier != "random" and row.task == rows[0].task]
+    seconds = {id(row): predict_answer(plan.target, plan.predictions, row).value for row in eligible}
+    within = [row for row in eligible if seconds[id(row)] <= bound]
+    if not within:
+        return min(eligible, key=lambda row: seconds[id(row)])
+    return max(within, key=lambda row: (row.accuracy, -row.tokens_forward))
 
 
 def check_fit(plan: Plan, *, documented: bool = False) -> None:
@@ -281,7 +321,14 @@ def cached_records(plan: Plan, store: Store) -> list[tuple[str | None, Record | 
     return found
 
 
-def _resolve_steps(source: Source, recipe: Recipe, adapters: Sequence[Adapter], kv_type: str) -> tuple[list[Step], int]:
+def _resolve_steps(
+    source: Source,
+    recipe: Recipe,
+    adapters: Sequence[Adapter],
+    companion: Companion | None,
+    filled: Mapping[str, Any],
+) -> tuple[list[Step], int]:
+    """Put the steps in order; parameters named in `filled` are those of the build."""
     evaluation = recipe.evaluation
     reference, evaluate = find_stage("reference"), find_stage("evaluate")
     runs = find_engine(recipe.engine).RUNS
@@ -290,6 +337,8 @@ def _resolve_steps(source: Source, recipe: Recipe, adapters: Sequence[Adapter], 
     latest = {"source": -1}
     for position in range(len(adapters)):
         latest[f"adapter.{position}"] = -2 - position
+    if companion is not None:
+        latest["companion"] = -2 - len(adapters)
     steps: list[Step] = []
 
     def add(step: Step) -> int:
@@ -302,8 +351,7 @@ def _resolve_steps(source: Source, recipe: Recipe, adapters: Sequence[Adapter], 
         add(Step(evaluate, params, index, (("reference", latest["reference"]),), checks=what))
 
     for stage, params in recipe.stages:
-        if stage.name == "prefix":
-            params = params.model_copy(update={"kv_type": kv_type})
+        params = params.model_copy(update={name: filled[name] for name in filled if name in stage.params.model_fields})
         takes = [kind for kind in stage.takes if kind in latest]
         if not takes:
             raise InputError(

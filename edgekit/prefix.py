@@ -183,7 +183,10 @@ class Prefixed(Closing):
             found = f"one with {limits.sequences} sequences, or that cannot fork and rewind"
             raise InputError("an engine with a sequence to spare for the prefix", found, "open it with one more")
         self._capabilities = replace(
-            limits, sequences=limits.sequences - 1, context_tokens=limits.context_tokens - loaded.virtual
+            limits,
+            sequences=limits.sequences - 1,
+            context_tokens=limits.context_tokens - loaded.virtual,
+            total_tokens=limits.total_tokens - loaded.virtual - len(loaded.tokens),
         )
 
     @property

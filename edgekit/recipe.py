@@ -78,6 +78,11 @@ class Recipe:
     evaluation: Evaluation
     gates: tuple[Gate, ...]
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks that strategies are measured on."""
+        return next((tuple(params.tasks) for stage, params in self.stages if stage.name == "strategies"), ())  # type: ignore[attr-defined]
+
     def describe(self) -> dict[str, Any]:
         """The recipe as plain JSON, every parameter filled in."""
         return {
@@ -95,9 +100,17 @@ def recipe_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in CATALOG.glob("*.yaml")))
 
 
-def find_recipe(name: str, overrides: Overrides | None = None, adapters: Sequence[Adapter] = ()) -> Recipe:
-    """Load a recipe by name or path, make room for adapters, and apply `--set STAGE.PARAM=VALUE` overrides.
+def find_recipe(
+    name: str,
+    overrides: Overrides | None = None,
+    adapters: Sequence[Adapter] = (),
+    *,
+    verifier: bool = False,
+    tasks: Sequence[str] = (),
+) -> Recipe:
+    """Load a recipe by name or path, make room for what goes with the model, and apply `--set STAGE.PARAM=VALUE`.
 
+    A verifier adds the stage `verifier` at the end, and tasks add `strategies` after it.
     An adapter that can be merged adds `merge` after the import; one that acts like a prompt, and an override of
     `prefix`, adds `prefix` at the end. A recipe that names these stages itself keeps them where they are.
 
@@ -112,7 +125,8 @@ def find_recipe(name: str, overrides: Overrides | None = None, adapters: Sequenc
         raise InputError(f"a recipe named {name!r}", f"none{suggest(name, known)}", "edgekit recipes list")
     overrides = overrides or {}
     begins = any(stage == "prefix" for stage, _ in overrides)
-    return _override(_with_adapters(_resolve(Document(path)), adapters, begins), overrides)
+    recipe = _with_adapters(_resolve(Document(path)), adapters, begins)
+    return _override(_with_companion(recipe, verifier, tasks), overrides)
 
 
 def _with_adapters(recipe: Recipe, adapters: Sequence[Adapter], begins: bool) -> Recipe:
@@ -130,6 +144,16 @@ def _with_adapters(recipe: Recipe, adapters: Sequence[Adapter], begins: bool) ->
             found = f"{recipe.name}, for {recipe.engine}"
             raise InputError("a recipe that makes GGUF, to ship a computed beginning", found, "--recipe gguf-q4")
         stages.append((prefix, prefix.params()))
+    return replace(recipe, stages=tuple(stages))
+
+
+def _with_companion(recipe: Recipe, verifier: bool, tasks: Sequence[str]) -> Recipe:
+    stages = list(recipe.stages)
+    if verifier:
+        stages.append(((judging := find_stage("verifier")), judging.params()))
+    if tasks:
+        choosing = find_stage("strategies")
+        stages.append((choosing, choosing.params.model_validate({"tasks": tuple(tasks)})))
     return replace(recipe, stages=tuple(stages))
 
 

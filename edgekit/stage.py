@@ -18,6 +18,7 @@ import edgekit.stages
 from edgekit.artifact import Artifact
 from edgekit.calibration import Split
 from edgekit.config import Strict
+from edgekit.engines import engine_names, find_engine
 from edgekit.errors import InputError, suggest
 from edgekit.formats.gguf import tensor_bytes
 from edgekit.store import Store
@@ -183,6 +184,12 @@ def stage(
         )
 
     return declare
+
+
+@cache
+def runnable() -> tuple[str, ...]:
+    """Kinds of artifacts that an engine opens: what a stage takes that runs whatever the recipe made."""
+    return tuple(dict.fromkeys(kind for name in engine_names() for kind in find_engine(name).RUNS))
 
 
 @cache

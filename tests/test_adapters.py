@@ -19,7 +19,7 @@ pytest.importorskip("bitsandbytes")
 
 from edgekit.adapter import MERGED, PREPENDED, Adapter, check_adapter, read_adapter, resolve_adapter, side_adapters
 from edgekit.artifact import Artifact, Manifest, describe_files, relative_files
-from edgekit.decode.greedy import generate
+from edgekit.decode import Options, Session, find_strategy
 from edgekit.engine import Engine, EngineOptions, Entry
 from edgekit.engines import llama_cpp
 from edgekit.errors import InputError, ToolError
@@ -612,8 +612,8 @@ def test_virtual_tokens_are_those_of_peft(
             do_sample=False,
             pad_token_id=0,
         )[0, len(tokens) :].tolist()
-    greedy = list(generate(ours, tokens, 12))
-    assert greedy == [token for token in answer if token not in engine.end_tokens][:12]
+    (*_, best) = find_strategy("greedy")(Session(ours, tokens, Options(max_tokens=12)))
+    assert list(best.tokens) == [token for token in answer if token not in engine.end_tokens][:12]
     engine.release(loaded.sequence)
 
 

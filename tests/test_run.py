@@ -14,7 +14,7 @@ import tiny
 
 from edgekit.bundle import open_bundle
 from edgekit.chat import render_chat
-from edgekit.decode import find_strategy
+from edgekit.decode import Options, Session, find_strategy
 from edgekit.engine import EngineOptions
 from edgekit.engines.llama_cpp import open_model
 from edgekit.errors import InputError
@@ -64,8 +64,10 @@ def test_bad_prompts_are_one_error(bundle: Path, arguments: tuple[str, ...], tex
 def test_greedy_is_the_argmax_of_one_forward_pass(bundles: Any) -> None:
     with open_model(bundles.model, EngineOptions(context_tokens=64, sequences=2, threads=1)) as engine:
         prompt = engine.tokenize("Hello there", special=True)
-        tokens = list(find_strategy("greedy")(engine, prompt, 10))
-        from edgekit.engine import Entry
+        session = Session(engine, prompt, Options(max_tokens=10))
+        (*_, answer) = find_strategy("greedy")(session)
+        tokens = list(answer.tokens)
+        session.close()
 
         sequence = engine.start()
         logits = engine.step([Entry(sequence, token) for token in (prompt + tokens)[:-1]]).logits

@@ -1,13 +1,16 @@
-"""What `build` and `plan` share: their arguments, and the plans they lead to."""
+"""What `build`, `plan` and `train` share: their arguments, and the plans they lead to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from edgekit.adapter import resolve_adapter
+from edgekit.commands._paths import GivenPath
+from edgekit.companion import check_tasks, resolve_verifier
 from edgekit.model import BUILTIN, resolve_model
 from edgekit.plan import Plan, make_plan
 from edgekit.recipe import find_recipe, parse_overrides
@@ -15,7 +18,7 @@ from edgekit.target import Target, all_targets, find_target
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_OPTIONS = [
+_MODEL = [
     click.argument("model", required=False),
     click.option(
         "--target", "-t", "targets", multiple=True, required=True, help="Target, alias or file; repeats; `all`."
@@ -36,11 +39,24 @@ _OPTIONS = [
     click.option("--system", help="System prompt to ship, its KV cache computed (llama.cpp only)."),
     click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout."),
 ]
+_PAIR = [
+    click.option("--verifier", type=GivenPath(), help="Verifier to ship with the model: `edgekit train verifier`."),
+    click.option(
+        "--task", "tasks", multiple=True, help="Task to choose a strategy by; repeats.  [default: the verifier's]"
+    ),
+]
+
+
+def model_options(function: F) -> F:
+    """Add the arguments that say which model is made for what."""
+    for option in reversed(_MODEL):
+        function = option(function)
+    return function
 
 
 def planning_options(function: F) -> F:
-    """Add the arguments that `build` and `plan` share."""
-    for option in reversed(_OPTIONS):
+    """Add the arguments that `build` and `plan` share: the model, and what goes with it."""
+    for option in reversed([*_MODEL, *_PAIR]):
         function = option(function)
     return function
 
@@ -54,6 +70,8 @@ def make_plans(
     kv_type: str | None,
     adapters: tuple[str, ...],
     system: str | None,
+    verifier: Path | None = None,
+    tasks: tuple[str, ...] = (),
 ) -> list[Plan]:
     """Resolve the arguments to one plan per target; every name is checked before the model is read."""
     overrides = parse_overrides(settings)
@@ -61,12 +79,26 @@ def make_plans(
         overrides["prefix", "system"] = system
     chosen = _choose_targets(targets)
     found = [resolve_adapter(text) for text in adapters]
-    recipes = [find_recipe(target.default_recipe if recipe is None else recipe, overrides, found) for target in chosen]
+    companion = None if verifier is None else resolve_verifier(verifier)
+    check_tasks(tasks)
+    tasks = tasks or (companion.manifest.domains if companion else ())
+    recipes = [
+        find_recipe(recipe or target.default_recipe, overrides, found, verifier=companion is not None, tasks=tasks)
+        for target in chosen
+    ]
     if model is None:
         click.echo(f"no MODEL given: using {BUILTIN}", err=True)
     source = resolve_model(BUILTIN if model is None else model)
     return [
-        make_plan(source, resolved, target, context_tokens=context_tokens, kv_type=kv_type, adapters=found)
+        make_plan(
+            source,
+            resolved,
+            target,
+            context_tokens=context_tokens,
+            kv_type=kv_type,
+            adapters=found,
+            companion=companion,
+        )
         for target, resolved in zip(chosen, recipes, strict=True)
     ]
 

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from edgekit.engine import Engine, Entry
+from edgekit.decode._session import GREEDY, Node, Session
+
+STREAMS = True
 
 
-def generate(engine: Engine, prompt: Sequence[int], max_tokens: int) -> Iterator[int]:
-    """Yield at most `max_tokens` tokens after a prompt of at least one, up to (not including) an end token."""
-    sequence = engine.start()
-    try:
-        pending = [Entry(sequence, token, wants_logits=False) for token in prompt[:-1]]
-        if pending:
-            engine.step(pending)
-        token = prompt[-1]
-        for _ in range(max_tokens):
-            logits = engine.step([Entry(sequence, token)]).logits[0]
-            token = int(logits.argmax())
-            if token in engine.end_tokens:
-                return
-            yield token
-    finally:
-        engine.release(sequence)
+def decode(session: Session) -> Iterator[Node]:
+    """Yield the answer after every token."""
+    yield from session.stream(session.root, GREEDY)

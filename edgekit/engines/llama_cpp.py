@@ -272,7 +272,7 @@ class Vocabulary(Closing):
 
 
 class LlamaCpp(Vocabulary):
-    """An open model with one KV cache of `context_tokens * sequences` cells, which forks share."""
+    """An open model with one KV cache of `total_tokens` cells, which forks share."""
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         api = library()
@@ -292,7 +292,7 @@ class LlamaCpp(Vocabulary):
             kind = self.metadata.get("general.architecture", "unknown")
             raise InputError("a decoder-only language model", f"{kind} in {self._path}", "choose another model")
         settings = api.llama_context_default_params()
-        settings.n_ctx = options.context_tokens * options.sequences
+        settings.n_ctx = options.total_tokens or options.context_tokens * options.sequences
         settings.n_batch = options.batch_tokens
         settings.n_ubatch = min(options.batch_tokens, _UBATCH_TOKENS)
         settings.n_seq_max = options.sequences
@@ -332,6 +332,7 @@ class LlamaCpp(Vocabulary):
             context_tokens=options.context_tokens,
             sequences=options.sequences,
             batch_tokens=self._batch_tokens,
+            total_tokens=settings.n_ctx,
         )
 
     @property
@@ -605,7 +606,7 @@ def _check_options(options: EngineOptions, max_sequences: int) -> None:
     options.check_counts()
     if options.sequences > max_sequences:
         raise InputError(f"at most {max_sequences} sequences", str(options.sequences), "lower sequences")
-    cells = options.context_tokens * options.sequences
+    cells = options.total_tokens or options.context_tokens * options.sequences
     if cells > _MAX_CELLS:
         wanted = f"at most {_MAX_CELLS} tokens in the contexts of all sequences"
         raise InputError(wanted, str(cells), "use a shorter context or fewer sequences")

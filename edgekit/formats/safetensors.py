@@ -1,7 +1,8 @@
 """The headers of safetensors checkpoints, read as what they are: bytes from a stranger.
 
-Format: safetensors 0.8 (eight bytes of length, a JSON header, tensor data without holes). Only the header is read,
-with the standard library alone; pickled weights are refused, because loading them runs code.
+Format: safetensors 0.8 (eight bytes of length, a JSON header, tensor data without holes). Of a checkpoint only the
+header is read, with the standard library alone; pickled weights are refused, because loading them runs code. Files as
+small as a companion's are read and written whole, as numpy arrays.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeGuard
+from typing import TYPE_CHECKING, Any, NoReturn, TypeGuard
 
 from edgekit.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the format itself; also applied to an index."""
@@ -140,6 +145,46 @@ def read_checkpoint(directory: Path) -> dict[str, TensorInfo]:
         _refuse_without_weights(directory)
     except OSError as error:
         raise _unreadable(directory, error) from error
+
+
+def read_arrays(path: Path, max_bytes: int) -> dict[str, npt.NDArray[np.float32]]:
+    """Read every tensor of a small file as float32, by name; the file is not trusted.
+
+    Raises InputError as `read_header` does, and for a file of more than `max_bytes`, a dtype other than F16 and F32,
+    and values that are not finite.
+    """
+    import numpy as np
+
+    dtypes = {"F16": "<f2", "F32": "<f4"}
+    header = read_header(path)
+    if (file_bytes := path.stat().st_size) > max_bytes:
+        raise _malformed(path, f"at most {max_bytes} bytes", str(file_bytes))
+    if wrong := [info for info in header.values() if info.dtype not in dtypes]:
+        raise _malformed(path, "tensors of F16 or F32", f"{wrong[0].dtype} for tensor {wrong[0].name[:200]!r}")
+    data = path.read_bytes()
+    arrays = {}
+    for name, info in header.items():
+        flat = np.frombuffer(data, dtypes[info.dtype], info.elements, info.offset).astype(np.float32)
+        if not np.isfinite(flat).all():
+            raise _malformed(path, "finite values", f"others in tensor {name[:200]!r}")
+        arrays[name] = flat.reshape(info.shape)
+    return arrays
+
+
+def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[np.floating[Any]]]) -> None:
+    """Write float16 arrays as F16 and others as F32, in the given order: equal arrays give equal bytes."""
+    import numpy as np
+
+    header, parts, end = {}, [], 0
+    for name, array in arrays.items():
+        dtype, stored = ("F16", "<f2") if array.dtype == np.float16 else ("F32", "<f4")
+        part = np.ascontiguousarray(array, stored).tobytes()
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [end, end + len(part)]}
+        parts.append(part)
+        end += len(part)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
 
 
 def _read_shards(directory: Path, weight_map: Mapping[str, str]) -> dict[str, TensorInfo]:

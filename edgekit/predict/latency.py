@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from edgekit.measure.strategies import StrategyRow
 from edgekit.measurement import Measurement
 from edgekit.model import ModelShape, elements
 from edgekit.predict.memory import kv_cache_bytes
@@ -39,6 +40,26 @@ def predict_latency(
         _predicted("decode_tokens_per_s", decode, target.name),
         _predicted("prefill_tokens_per_s", prefill, target.name),
     ]
+
+
+def predict_answer(target: Target, rates: Sequence[Measurement], row: StrategyRow) -> Measurement:
+    """Predict the seconds of one answer by a strategy on a target, from what it moved and computed.
+
+    Traffic over bandwidth, or arithmetic where a batch makes that the longer, and the overhead of every step.
+    """
+    compute = target.compute
+    moving = row.bytes_moved / (compute.decode_efficiency.value * target.memory.bandwidth_bytes_per_s.value)
+    prefill = next(rate.value for rate in rates if rate.name == "prefill_tokens_per_s")
+    seconds = max(moving, row.tokens_forward / prefill) + row.steps * compute.token_overhead_s.value
+    return Measurement(
+        name="answer_s",
+        value=seconds,
+        unit="s",
+        kind="predicted",
+        ci_low=seconds / (1 + _UNCERTAINTY),
+        ci_high=seconds / (1 - _UNCERTAINTY),
+        device=target.name,
+    )
 
 
 def _predicted(name: str, value: float, device: str) -> Measurement:

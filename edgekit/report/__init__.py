@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from edgekit.config import Strict
+from edgekit.measure.strategies import StrategyRow
 from edgekit.measurement import Measurement
 
 
@@ -57,6 +58,15 @@ class Fallback(Strict):
     found: str
 
 
+class StrategyResult(StrategyRow):
+    """What a strategy got right, what that cost, and what it would take on the target."""
+
+    answer_s: float
+    """Predicted for the target."""
+    chosen: bool
+    """Whether the bundle answers this way."""
+
+
 class MemoryPart(Strict):
     """One part of the memory needed on the target (predicted)."""
 
@@ -87,6 +97,8 @@ class Report(Strict):
     """Predicted memory on the target, part by part."""
     divergence_per_window: tuple[float, ...] = ()
     """Mean KL divergence (nats) at each evaluation window, for the plot."""
+    strategies: tuple[StrategyResult, ...] = ()
+    """The accuracy-cost curve, where strategies were measured."""
     notes: tuple[str, ...] = ()
     """What the reader must know, e.g. that latency is predicted because the target is another machine."""
 

@@ -52,6 +52,14 @@ KNOWN = {
     "rounding_logit_difference": Known("Merge, stored in 16 bits", "largest change of a logit by rounding the result"),
     "loss_original_nats": Known("Loss, merged onto the original", "on the calibration text, per token"),
     "loss_nf4_nats": Known("Loss, merged onto NF4", "on the calibration text, per token"),
+    "verifier_auc": Known("Verifier: AUC", "how well it tells right from wrong partial answers; 0.5 is chance"),
+    "verifier_auc_within": Known("Verifier: AUC within a problem", "what choosing among candidates needs"),
+    "verifier_ece": Known("Verifier: calibration error", "mean gap between what it says and what happens", "percent"),
+    "verifier_auc_source": Known("Verifier: AUC on the source"),
+    "verifier_auc_within_source": Known("Verifier: AUC within a problem, on the source"),
+    "verifier_ece_source": Known("Verifier: calibration error on the source", style="percent"),
+    "task_accuracy": Known("Accuracy on the task", "by the strategy that was chosen", "percent"),
+    "answer_s": Known("Time of an answer", "by the strategy that was chosen"),
     "required_bytes": Known("Memory required"),
     "usable_bytes": Known("Memory usable on the target"),
 }
@@ -290,6 +298,51 @@ def columns_with_band(values: Sequence[float], mean: float, low: float, high: fl
     for index in sorted({0, len(values) // 2, len(values) - 1} if values else set()):
         body.append(f'<text x="{pitch * (index + 0.5):.3f}%" y="197" text-anchor="middle">{index + 1}</text>')
     return _svg("columns", height, title, body)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A point of a scatter plot with its interval."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+    label: str
+    style: str
+
+
+def scatter(dots: Sequence[Dot], title: str) -> str:
+    """Shares (0 to 1) over a positive quantity on a logarithmic axis, each with its interval.
+
+    The labels of the vertical axis lie left of the drawing, as in `columns_with_band`.
+    """
+    top, base = 12, 210
+    low, high = math.log(min(dot.x for dot in dots)), math.log(max(dot.x for dot in dots))
+    extent = min(1.0, 1.1 * max(dot.high for dot in dots)) or 1.0
+
+    def x(value: float) -> float:
+        return 4 + 90 * (math.log(value) - low) / (high - low) if high > low else 50.0
+
+    def y(value: float) -> float:
+        return base - value / extent * (base - top)
+
+    body: list[str] = []
+    for tick in ticks(extent, 4):
+        body.append(f'<line class="grid" x1="0" x2="100%" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        body.append(f'<text x="-8" y="{y(tick) + 4:.1f}" text-anchor="end">{100 * tick:.3g} %</text>')
+    body.append(f'<line class="axis" x1="0" x2="100%" y1="{base}" y2="{base}"/>')
+    for power in range(math.floor(low / math.log(2)), math.ceil(high / math.log(2)) + 1):
+        if low <= power * math.log(2) <= high:
+            body.append(f'<text x="{x(2.0**power):.3f}%" y="{base + 17}" text-anchor="middle">{2**power:g}</text>')
+    for dot in dots:
+        tip = f"{dot.label}: {percent(dot.y)} [{percent(dot.low)}, {percent(dot.high)}] at {number(dot.x)} tokens"
+        at = f"{x(dot.x):.3f}%"
+        body.append(f'<line class="whisker" x1="{at}" x2="{at}" y1="{y(dot.low):.1f}" y2="{y(dot.high):.1f}"/>')
+        body.append(
+            f'<circle class="{dot.style}" cx="{at}" cy="{y(dot.y):.1f}" r="5"><title>{escape(tip)}</title></circle>'
+        )
+    return _svg("columns", base + 26, title, body)
 
 
 def share_bar(value: float, extent: float, style: str = "bar") -> str:

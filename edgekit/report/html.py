@@ -46,6 +46,8 @@ def render(report: Report) -> str:
         tensors=sorted(report.tensors, key=lambda group: -group.bytes),
         divergence=summary.divergence_mean(report) if report.divergence_per_window else None,
         divergence_svg=_divergence_svg(report) if report.divergence_per_window else "",
+        strategies_svg=_strategies_svg(report) if report.strategies else "",
+        strategy_label=summary.strategy_label,
         rows=summary.rows(report),
         provenance=summary.provenance(report),
         long_list=LONG_LIST,
@@ -61,6 +63,11 @@ def _memory_svg(memory: summary.Memory) -> Markup:
     if memory.free_bytes:
         segments.append(fig.Segment("free", memory.free_bytes, "free"))
     return Markup(fig.bar_stack(segments, memory.usable_bytes, title))  # noqa: S704 - figures escapes
+
+
+def _strategies_svg(report: Report) -> Markup:
+    title = f"Accuracy of each strategy on {report.strategies[0].task} by tokens forward per question"
+    return Markup(fig.scatter(summary.strategy_dots(report), fig.clean(title)))  # noqa: S704 - figures escapes
 
 
 def _divergence_svg(report: Report) -> Markup:

@@ -17,6 +17,7 @@ from edgekit.report.summary import (
     recipe_name,
     rows,
     sentence,
+    strategy_label,
     target_title,
     verdict,
 )
@@ -43,7 +44,7 @@ def render(report: Report) -> str:
             for index, reading in enumerate(figure.readings)
         ]
         blocks += ["## Key figures", table(("Figure", "Value", "Kind", "Basis", "Compare with"), cells, "lrlll")]
-    blocks += [*_memory(report), *_tensors(report), *_divergence(report)]
+    blocks += [*_memory(report), *_tensors(report), *_divergence(report), *_strategies(report)]
     if report.gates:
         gates = (
             (
@@ -164,6 +165,29 @@ def _tensors(report: Report) -> list[str]:
         else:
             blocks += [f"{words}:", fallbacks]
     return blocks
+
+
+def _strategies(report: Report) -> list[str]:
+    if not report.strategies:
+        return []
+    cells = (
+        (
+            text(strategy_label(row)) + (" **(chosen)**" if row.chosen else ""),
+            code(row.task),
+            f"{percent(row.accuracy)} [{percent(row.ci_low)}, {percent(row.ci_high)}]",
+            number(row.tokens_forward),
+            number(row.steps),
+            number(row.verifier_calls),
+            seconds_text(row.wall_s),
+            f"≈ {seconds_text(row.answer_s)}",
+        )
+        for row in report.strategies
+    )
+    titles = ("Strategy", "Task", "Right", "Tokens", "Steps", "Verifier calls", "Time here", "Time on the target")
+    return [
+        "## Strategies: accuracy and cost (measured; the time on the target is predicted)",
+        table(titles, cells, "llrrrrrr"),
+    ]
 
 
 def _divergence(report: Report) -> list[str]:

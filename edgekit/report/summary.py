@@ -10,8 +10,8 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from edgekit.measurement import Measurement, mean_interval
-from edgekit.report import Report
-from edgekit.report.figures import KNOWN, Segment, Shown, bytes_text, clean, known, number, shorten, shown
+from edgekit.report import Report, StrategyResult
+from edgekit.report.figures import KNOWN, Dot, Segment, Shown, bytes_text, clean, known, number, shorten, shown
 
 _TRADEMARK = re.compile(r"\((?:R|TM)\)")
 MEMORY_STYLES = ("m1", "m2", "m3", "m4", "m5")
@@ -271,6 +271,27 @@ def rows(report: Report) -> list[Row]:
         )
         for (name, of), readings in groups.items()
     ]
+
+
+def strategy_dots(report: Report) -> list[Dot]:
+    """The accuracy-cost curve of the first task: tokens forward against the share of right answers."""
+    return [
+        Dot(row.tokens_forward, row.accuracy, row.ci_low, row.ci_high, strategy_label(row), _dot_style(row))
+        for row in report.strategies
+        if row.task == report.strategies[0].task
+    ]
+
+
+def strategy_label(row: StrategyResult) -> str:
+    """A strategy as a reader knows it."""
+    name = clean(row.strategy) + (", random verifier" if row.verifier == "random" else "")
+    return name if row.candidates == 1 else f"{name}, {row.candidates} candidates"
+
+
+def _dot_style(row: StrategyResult) -> str:
+    if row.chosen:
+        return "chosen"
+    return {"trained": "dot", "none": "control", "random": "chance"}[row.verifier]
 
 
 def divergence_mean(report: Report) -> tuple[float, float, float]:

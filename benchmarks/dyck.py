@@ -1,0 +1,465 @@
+"""The Dyck experiment of "Taming Imperfect Process Verifiers" (arXiv:2510.03149): does VGB beat the frontier?
+
+A small transformer is trained here, too briefly, on words of two kinds of brackets; a value head learns from its
+rollouts. Given beginnings of words, each method answers a number of times. Its accuracy is the fraction of balanced
+words, its diversity the number of distinct balanced words among the answers. Values come from the head everywhere, also
+at the end of a word: no method is told what is balanced. Tokens forward count one position for each token computed;
+wall times say nothing about a device, because the engine here remembers every prefix it has computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from edgekit.companions.rollouts import collect
+from edgekit.companions.verifier import train_head
+from edgekit.decode import Node, Options, Sampling, Session, find_strategy
+from edgekit.engine import Capabilities, Closing, Entry, FloatArray, StepOutput
+from edgekit.tasks import Problem, Split, choose
+from edgekit.tasks.dyck import balanced
+from edgekit.verifier import Constant, Mlp, RandomVerifier, Verifier
+
+LENGTH = 32
+PAIRS = {"(": ")", "[": "]"}
+BEGIN, END, BRACKETS = 0, 1, "()[]"
+RESAMPLES = 2000
+REMEMBERED = 300_000
+"""Prefixes that the engine keeps the outputs of."""
+Doubles = npt.NDArray[np.float64]
+
+
+# --- the words and the model
+
+
+def word(draw: random.Random) -> str:
+    """A balanced word: a walk that opens as often as it closes where both are possible."""
+    text, expected = "", ""
+    while len(text) < LENGTH:
+        if not expected or (len(expected) < LENGTH - len(text) and draw.random() < 0.5):
+            bracket = draw.choice(list(PAIRS))
+            text += bracket
+            expected += PAIRS[bracket]
+        else:
+            text += expected[-1]
+            expected = expected[:-1]
+    return text
+
+
+class Words:
+    """The task: a beginning, to be completed to a balanced word of the length."""
+
+    name, summary, answer, stop, max_tokens = "dyck-2", "words of two kinds of brackets", "text", (), LENGTH
+
+    def problems(self, split: Split, count: int | None, seed: int = 0) -> list[Problem]:
+        """Words cut after 8 to 16 brackets."""
+
+        def drawn() -> Iterator[Problem]:
+            draw = random.Random(seed)
+            while True:
+                yield Problem(word(draw)[: draw.randint(8, 16)], {}, chat=False)
+
+        return choose(drawn(), split, count)
+
+    def check(self, problem: Problem, answer: str) -> float:
+        """1 for a balanced word of the length."""
+        whole = problem.prompt + answer
+        return float(len(whole) == LENGTH and balanced(whole))
+
+
+class Network(torch.nn.Module):
+    """A decoder-only transformer with learned positions."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        vocabulary = 2 + len(BRACKETS)
+        self.tokens = torch.nn.Embedding(vocabulary, width)
+        self.places = torch.nn.Embedding(2 * LENGTH, width)
+        layer = torch.nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.blocks = torch.nn.TransformerEncoder(layer, layers, torch.nn.LayerNorm(width), enable_nested_tensor=False)
+        self.head = torch.nn.Linear(width, vocabulary, bias=False)
+        self.width = width
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Final states, shape (words, length, width)."""
+        length = tokens.shape[1]
+        mask = torch.nn.Transformer.generate_square_subsequent_mask(length)
+        states: torch.Tensor = self.blocks(self.tokens(tokens) + self.places.weight[:length], mask, is_causal=True)
+        return states
+
+
+def train(steps: int, width: int, layers: int, seed: int) -> tuple[Network, float]:
+    """Train on words; returns the network and its last loss in nats a token."""
+    torch.manual_seed(seed)
+    draw = random.Random(seed)
+    network = Network(width, layers)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    losses = []
+    for _ in range(steps):
+        rows = [[BEGIN, *(2 + BRACKETS.index(letter) for letter in word(draw)), END] for _ in range(64)]
+        tokens = torch.tensor(rows)
+        logits = network.head(network(tokens[:, :-1]))
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return network.eval(), statistics.fmean(losses[-20:])
+
+
+class WordEngine(Closing):
+    """The network behind the Engine protocol; a sequence is its tokens, so that a fork is a copy."""
+
+    def __init__(self, network: Network, sequences: int) -> None:
+        self._network = network
+        self._held: dict[int, tuple[int, ...]] = {}
+        self._known: dict[tuple[int, ...], tuple[FloatArray, FloatArray]] = {}
+        self.vocabulary_size = 2 + len(BRACKETS)
+        self.end_tokens = frozenset({END})
+        self.loaded: Mapping[str, str] = {"device": "cpu"}
+        self.capabilities = Capabilities(
+            fork=True,
+            rewind=True,
+            batch=True,
+            hidden_states=True,
+            input_embeddings=False,
+            context_tokens=2 * LENGTH,
+            sequences=sequences,
+            batch_tokens=sequences * LENGTH,
+        )
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Brackets, and the begin of a word."""
+        return [BEGIN] * special + [2 + BRACKETS.index(letter) for letter in text]
+
+    def detokenize(self, tokens: Sequence[int]) -> bytes:
+        """Brackets."""
+        return "".join(BRACKETS[token - 2] for token in tokens if token > END).encode()
+
+    def start(self) -> int:
+        """A new empty sequence."""
+        sequence = next(place for place in range(self.capabilities.sequences) if place not in self._held)
+        self._held[sequence] = ()
+        return sequence
+
+    def fork(self, sequence: int) -> int:
+        """A copy of a sequence."""
+        copy = self.start()
+        self._held[copy] = self._held[sequence]
+        return copy
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget all but the first tokens."""
+        self._held[sequence] = self._held[sequence][:length]
+
+    def release(self, sequence: int) -> None:
+        """Forget a sequence."""
+        del self._held[sequence]
+
+    def length(self, sequence: int) -> int:
+        """Tokens of a sequence."""
+        return len(self._held[sequence])
+
+    def step(self, entries: Sequence[Entry], *, hidden_states: bool = False) -> StepOutput:
+        """Append tokens, and compute those prefixes that were never seen."""
+        wanted = []
+        for entry in entries:
+            assert entry.token is not None
+            past = self._held[entry.sequence] = (*self._held[entry.sequence], entry.token)
+            if entry.wants_logits:
+                wanted.append(past)
+        if len(self._known) > REMEMBERED:
+            self._known.clear()
+        if new := [past for past in dict.fromkeys(wanted) if past not in self._known]:
+            self._compute(new)
+        rows = [self._known[past] for past in wanted]
+        logits = np.array([row[0] for row in rows], np.float32).reshape(len(rows), self.vocabulary_size)
+        hidden = np.array([row[1] for row in rows], np.float32).reshape(len(rows), self._network.width)
+        return StepOutput(logits, hidden if hidden_states else None)
+
+    def _compute(self, pasts: Sequence[tuple[int, ...]]) -> None:
+        tokens = torch.zeros((len(pasts), max(map(len, pasts))), dtype=torch.int64)
+        for row, past in zip(tokens, pasts, strict=True):
+            row[: len(past)] = torch.tensor(past)
+        with torch.inference_mode():
+            # what is padded follows, so no prefix sees it
+            last = self._network(tokens)[torch.arange(len(pasts)), torch.tensor([len(past) - 1 for past in pasts])]
+            logits = self._network.head(last).numpy()
+        self._known |= {past: (logits[i], last[i].numpy()) for i, past in enumerate(pasts)}
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._held.clear()
+        self._known.clear()
+
+
+# --- the methods
+
+Decode = Callable[[Session], Iterator[Node]]
+
+
+def block_rejection(session: Session) -> Iterator[Node]:
+    """Keep the first of at most `candidates` blocks that passes with probability V, else the last; then the next."""
+    node = session.root
+    while not node.ended:
+        tried = node
+        for _ in range(session.options.candidates):
+            (tried,) = session.grow([node])
+            if session.random.random() < session.values([tried])[0]:
+                break
+        node = tried
+        yield node
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with its arguments."""
+
+    name: str
+    verifier: str
+    block: int
+    effort: int
+    """Candidates of a block, or steps of the walk."""
+
+    def decode(self) -> Decode:
+        """The strategy; best of n block by block is a beam of one."""
+        if self.name == "block-rejection":
+            return block_rejection
+        return find_strategy({"vgb": "vgb", "sample": "sample", "block-best-of-n": "beam"}[self.name])
+
+    def options(self, seed: int) -> Options:
+        """Its arguments: a walk draws proposals one at a time, so that it pays for none that it does not look at."""
+        return Options(
+            candidates=self.effort,
+            steps=self.effort,
+            width=1,
+            block_tokens=self.block,
+            block_end=None,
+            max_tokens=LENGTH,
+            sampling=Sampling(1.0),
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a method did, for each beginning."""
+
+    method: Method
+    accuracy: Doubles
+    """Fraction of the answers that are balanced."""
+    diversity: Doubles
+    """Distinct balanced answers."""
+    tokens: Doubles
+    """Mean tokens forward of an answer."""
+    seconds: float
+
+    def interval(self, values: Doubles, draws: npt.NDArray[np.intp]) -> tuple[float, float, float]:
+        """Mean over the beginnings and its bootstrap interval."""
+        low, high = np.percentile(values[draws].mean(axis=1), [2.5, 97.5])
+        return float(values.mean()), float(low), float(high)
+
+
+def answer(
+    engine: WordEngine, task: Words, problems: Sequence[Problem], method: Method, verifier: Verifier | None, count: int
+) -> Found:
+    """Let a method answer every problem `count` times, each time in a session of its own."""
+    begun = time.perf_counter()
+    decode = method.decode()
+    accuracy, diversity, tokens = [], [], []
+    for index, problem in enumerate(problems):
+        right, spent = [], []
+        for turn in range(count):
+            options = method.options(1000 * index + turn)
+            session = Session(engine, engine.tokenize(problem.prompt, special=True), options, verifier)
+            try:
+                *_, node = decode(session)
+                spent.append(session.cost.tokens_forward)
+            finally:
+                session.close()
+            if task.check(problem, node.text):
+                right.append(node.text)
+        accuracy.append(len(right) / count)
+        diversity.append(float(len(set(right))))
+        tokens.append(statistics.fmean(spent))
+    seconds = time.perf_counter() - begun
+    return Found(method, np.array(accuracy), np.array(diversity), np.array(tokens), seconds)
+
+
+# --- the frontier
+
+
+def frontier(points: Sequence[tuple[float, float]], accuracy: float) -> float:
+    """Diversity of the best of `points` (accuracy, diversity) at an accuracy.
+
+    Between the points that no other beats in both it is linear, which is more than each of them gives alone; beyond
+    the most accurate it stays as it is there. Both favour the points.
+    """
+    best: list[tuple[float, float]] = []
+    for point in sorted(points, key=lambda point: (-point[0], -point[1])):
+        if not best or point[1] > best[-1][1]:
+            best.append(point)
+    best.reverse()
+    return float(np.interp(accuracy, [point[0] for point in best], [point[1] for point in best]))
+
+
+def gap(one: Found, others: Sequence[Found], draws: npt.NDArray[np.intp]) -> tuple[float, float, float]:
+    """Diversity above the frontier of the others at equal accuracy, with a paired bootstrap over the beginnings."""
+
+    def at(chosen: npt.NDArray[np.intp]) -> float:
+        points = [(float(other.accuracy[chosen].mean()), float(other.diversity[chosen].mean())) for other in others]
+        return float(one.diversity[chosen].mean()) - frontier(points, float(one.accuracy[chosen].mean()))
+
+    low, high = np.percentile([at(chosen) for chosen in draws], [2.5, 97.5])
+    return at(np.arange(draws.shape[1])), float(low), float(high)
+
+
+COLOURS = {"vgb": "#c0392b", "block-best-of-n": "#2c6fbb", "block-rejection": "#3a9150", "sample": "#222222"}
+
+
+def plot(rows: Sequence[dict[str, Any]], count: int, path: Path) -> None:
+    """Accuracy against diversity as SVG: filled with the trained head, hollow the controls."""
+    size, edge = 420, 50
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{size + 200}" height="{size + 2 * edge}" font-size="12" '
+        'font-family="sans-serif"><rect width="100%" height="100%" fill="white"/>',
+        f'<path d="M{edge},{edge} V{edge + size} H{edge + size}" fill="none" stroke="black"/>',
+        f'<text x="{edge + size / 2 - 60}" y="{size + edge + 36}">fraction balanced, 0 to 1</text>',
+        f'<text x="8" y="{edge - 16}">distinct balanced among {count}, 0 to {count}</text>',
+    ]
+    for row in rows:
+        x, y = edge + size * row["accuracy"], edge + size * (1 - row["diversity"] / count)
+        colour = COLOURS[row["method"]]
+        fill = colour if row["verifier"] == "trained" else "none"
+        label = f"{row['method']}, {row['verifier']}, block {row['block']}, {row['effort']}"
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}"><title>{label}</title></circle>'
+        )
+    for place, (name, colour) in enumerate(COLOURS.items()):
+        parts.append(f'<text x="{edge + size + 10}" y="{edge + 20 * place}" fill="{colour}">{name}</text>')
+    path.write_text("\n".join([*parts, "</svg>"]) + "\n")
+
+
+def main() -> None:
+    """Train, roll out, answer, print the frontier."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few beginnings, few arguments: a minute")
+    parser.add_argument("--steps", type=int, default=400, help="training steps of the transformer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--beginnings", type=int, help="words to complete  [40, quick 10]")
+    parser.add_argument("--answers", type=int, default=16, help="answers of each method to each")
+    parser.add_argument("--out", type=Path, help="write the plot here, as SVG")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    quick, task = arguments.quick, Words()
+    begun = time.perf_counter()
+    network, loss = train(arguments.steps, 64, 2, arguments.seed)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    print(f"transformer: {parameters} parameters, {loss:.3f} nats a token, {time.perf_counter() - begun:.0f} s")
+    begun = time.perf_counter()
+    with WordEngine(network, sequences=64) as engine:
+        learn, judge = (80, 40) if quick else (600, 150)
+        rollouts = [
+            collect(
+                engine,
+                task,
+                task.problems(split, count, arguments.seed),
+                Path(),
+                samples=32,
+                reads=1,
+                options=Options(sampling=Sampling(1.0), seed=arguments.seed),
+            )
+            for split, count in (("train", learn), ("validation", judge))
+        ]
+        trained = train_head(
+            rollouts[0].answers, rollouts[1].answers, architecture=Mlp(width=64), seed=arguments.seed, threads=1
+        )
+        figures = {name: metric.value for name, metric in trained.metrics.items()}
+        print(
+            f"rollouts: {rollouts[0].right:.1%} balanced; head: "
+            + ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+            + f"; {time.perf_counter() - begun:.0f} s"
+        )
+        verifiers: dict[str, Verifier | None] = {
+            "trained": trained.head,
+            "random": RandomVerifier(arguments.seed),
+            "none": None,
+            "constant": Constant(),
+        }
+        methods = [
+            Method("sample", "none", LENGTH, 1),
+            *(Method("vgb", name, 4, 256) for name in ("constant", "random")),
+            *(Method(name, "random", 4, 8) for name in ("block-best-of-n", "block-rejection")),
+        ]
+        blocks, efforts, walks = ((4,), (2, 8), (256,)) if quick else ((1, 2, 4, 8, 16), (2, 4, 8, 16, 32), (64, 256))
+        for block in blocks:
+            methods += [Method(n, "trained", block, e) for n in ("block-best-of-n", "block-rejection") for e in efforts]
+            methods += [Method("vgb", "trained", block, steps) for steps in walks]
+        problems = task.problems("test", arguments.beginnings or (10 if quick else 40), arguments.seed)
+        found = []
+        for method in methods:
+            found.append(answer(engine, task, problems, method, verifiers[method.verifier], arguments.answers))
+            print(f"{method} {found[-1].seconds:.1f} s", file=sys.stderr, flush=True)
+    report(found, arguments, {"loss": loss, "rollouts_right": rollouts[0].right, "head": figures})
+
+
+def report(found: Sequence[Found], arguments: argparse.Namespace, facts: dict[str, Any]) -> None:
+    """Print the table, the verdict and the JSON line."""
+    count = len(found[0].accuracy)
+    draws = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+    others = [one for one in found if one.method.name != "vgb" and one.method.verifier in ("trained", "none")]
+    rows: list[dict[str, Any]] = []
+    print(f"{'method':<16} {'verifier':<9} {'block':>5} {'n':>4}  balanced {'':<14} distinct {'':<13} tokens  above")
+    for one in found:
+        method = one.method
+        accuracy, diversity = one.interval(one.accuracy, draws), one.interval(one.diversity, draws)
+        row = {
+            "method": method.name, "verifier": method.verifier, "block": method.block, "effort": method.effort,
+            "accuracy": accuracy[0], "accuracy_interval": accuracy[1:], "diversity": diversity[0],
+            "diversity_interval": diversity[1:], "tokens_forward": float(one.tokens.mean()), "wall_s": one.seconds,
+        }  # fmt: skip
+        above = ""
+        if method.name == "vgb" and method.verifier == "trained":
+            row["above"], *row["above_interval"] = gap(one, others, draws)
+            above = f"{row['above']:+.2f} [{row['above_interval'][0]:+.2f}, {row['above_interval'][1]:+.2f}]"
+        rows.append(row)
+        print(
+            f"{method.name:<16} {method.verifier:<9} {method.block:>5} {method.effort:>4}  "
+            f"{accuracy[0]:>8.3f} [{accuracy[1]:.3f}, {accuracy[2]:.3f}] "
+            f"{diversity[0]:>8.2f} [{diversity[1]:>5.2f}, {diversity[2]:>5.2f}] {row['tokens_forward']:>6.0f}  {above}"
+        )
+    walks = [row for row in rows if "above" in row]
+    verdicts = {
+        "beyond": sum(row["above_interval"][0] > 0 for row in walks),
+        "inside": sum(row["above_interval"][1] < 0 for row in walks),
+    }
+    verdicts["on, or not told apart"] = len(walks) - sum(verdicts.values())
+    base = next(row for row in rows if row["method"] == "sample")["accuracy"]
+    print(
+        "`above`: distinct balanced words more than the frontier of the other methods at equal accuracy; 95% intervals"
+        f"\nfrom {count} beginnings, none corrected for how many there are. VGB's arguments: "
+        + ", ".join(f"{number} {name}" for name, number in verdicts.items())
+    )
+    if not 0.3 <= base <= 0.7:
+        print(f"The base alone is right {base:.0%} of the time: change --steps to have it between 30% and 70%.")
+    if arguments.out is not None:
+        plot(rows, arguments.answers, arguments.out)
+    print(json.dumps({"benchmark": "dyck", "verdicts": verdicts, "beginnings": count, **facts, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Value-guided random walks on a tree of prefixes (VGB, Rohatgi et al., arXiv:2510.03149), whatever makes the tree.
+
+At a node v the parent weighs V(v) and a child va weighs pi(a|v) V(va); with probability 1/2 the walk stays. At a leaf
+V is the outcome's weight tau. The law of the walk's place, given that it is a leaf, tends to pi * tau / Z for any
+positive V: an imperfect V costs time, not exactness.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+N = TypeVar("N")
+
+
+class Tree(Protocol[N]):
+    """A tree of prefixes."""
+
+    def parent(self, node: N) -> N | None:
+        """The node before; None for the root."""
+        ...
+
+    def is_leaf(self, node: N) -> bool:
+        """Whether the answer is finished."""
+        ...
+
+    def value(self, node: N) -> float:
+        """V of a node, above 0 and at most 1."""
+        ...
+
+    def propose(self, node: N) -> N:
+        """A child drawn anew from pi."""
+        ...
+
+
+def walk(tree: Tree[N], node: N, random: np.random.Generator, stop: Callable[[], bool]) -> Iterator[N]:
+    """Yield the place after every step, until `stop` says so.
+
+    No step looks at every child. With V at most 1, the parent is proposed with probability V(v) / (V(v) + 1), else a
+    child is drawn from pi and kept with probability V(va); what is not kept is drawn again, parent or child.
+    """
+    while True:
+        if random.random() < 0.5:
+            yield node
+            continue
+        back = tree.parent(node)
+        mass = 0.0 if back is None else tree.value(node)
+        while not stop():
+            if tree.is_leaf(node) or random.random() * (mass + 1) < mass:
+                node = node if back is None else back
+                break
+            child = tree.propose(node)
+            if random.random() < tree.value(child):
+                node = child
+                break
+        else:
+            return
+        yield node
+
+
+def momentum_walk(
+    children: Callable[[N], Sequence[tuple[float, N]]],
+    value: Callable[[N], float],
+    node: N,
+    parent: Callable[[N], N | None],
+    momentum: float,
+    random: np.random.Generator,
+) -> Iterator[N]:
+    """Yield the place after every step of the walk with a direction, which it keeps where it can.
+
+    With f the mass of the children and b that of the parent, the walk down goes to a child by its mass and turns with
+    weight b - momentum * min(f, b); the walk up goes to the parent with weight b and turns with weight
+    f - momentum * min(f, b); with what is left of f + b it stays. For momentum in [0, 1] the places have the law of
+    the plain walk (the flows into and out of each state are equal). `children` gives (pi, child) of every child.
+    """
+    down = True
+    while True:
+        # the flows balance without it, but a walk that never stays has a period
+        if random.random() < 0.5:
+            yield node
+            continue
+        back = parent(node)
+        found = children(node)
+        masses = [probability * value(child) for probability, child in found]
+        ahead, behind = sum(masses), 0.0 if back is None else value(node)
+        overlap = momentum * min(ahead, behind)
+        draw = random.random() * (ahead + behind)
+        if down:
+            if draw < ahead:
+                node = found[int(np.searchsorted(np.cumsum(masses), draw, side="right"))][1]
+            elif draw < ahead + behind - overlap:
+                down = False
+        elif draw < behind and back is not None:
+            node = back
+        elif draw < behind + ahead - overlap:
+            down = True
+        yield node

@@ -1,0 +1,97 @@
+"""The verifier for this very file: calibrated and judged again on the states of the model as it is quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from edgekit.artifact import Artifact
+from edgekit.companions.rollouts import read_states
+from edgekit.companions.verifier import judge
+from edgekit.devices import describe_machine
+from edgekit.engine import EngineOptions
+from edgekit.engines import find_engine
+from edgekit.errors import InputError
+from edgekit.measurement import Measurement
+from edgekit.stage import Facts, StageContext, StageParams, runnable, stage
+from edgekit.verifier import Head, Isotonic, Metric, Platt, Prefixes, load_verifier, read_heldout, save_verifier
+
+_SHOWN = {"auc": "verifier_auc", "auc_within": "verifier_auc_within", "ece": "verifier_ece"}
+_WORSE = 0.02
+
+
+class Params(StageParams):
+    """Parameters of `verifier`."""
+
+    engine: str = "llama_cpp"
+    """The build states it."""
+    calibration: Literal["platt", "isotonic"] = "platt"
+    source: bool = True
+    """Judge it on the source model in float32, too, to tell what quantizing did to it."""
+
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """The engine's package."""
+        return (find_engine(self.engine).DISTRIBUTION,)
+
+
+@stage(version=1, takes=runnable(), gives="verifier", also=("companion", "checkpoint"), tools=("torch",), reports=True)
+def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
+    """Judge the verifier's held-out answers by the states of this model, calibrate it, and store it."""
+    directory = ctx.side["companion"].path
+    manifest, head = load_verifier(directory)
+    heldout = read_heldout(directory)
+    if not isinstance(head, Head) or not heldout:
+        raise InputError(f"a head with held-out answers in {directory}", "none", "edgekit train verifier")
+    calibration, metrics = _judge(params.engine, model, heldout, head, params, ctx)
+    calibrated = Head(head.architecture, head.tensors, reads=head.reads, calibration=calibration)
+    save_verifier(
+        out,
+        calibrated,
+        trunk=manifest.trunk.model_copy(update={"model_digest": model.digest, "engine": params.engine}),
+        domains=manifest.domains,
+        training=manifest.training,
+        metrics=metrics,
+        heldout=heldout,
+    )
+    measurements = _measurements(metrics, "")
+    notes = []
+    if params.source:
+        _, before = _judge("torch_reference", ctx.side["checkpoint"], heldout, head, params, ctx)
+        measurements += _measurements(before, "_source")
+        if metrics["auc"].value < before["auc"].value - _WORSE:
+            notes.append(
+                f"Quantizing cost the verifier {before['auc'].value - metrics['auc'].value:.3f} of its AUC: "
+                "train it on the states of this recipe, or choose a larger type."
+            )
+    return {
+        "domains": list(manifest.domains),
+        "measurements": [m.model_dump(mode="json") for m in measurements],
+        "notes": notes,
+    }
+
+
+def _judge(
+    engine: str, model: Artifact, heldout: list[Prefixes], head: Head, params: Params, ctx: StageContext
+) -> tuple[Platt | Isotonic, dict[str, Metric]]:
+    longest = max(len(item.prompt) + len(item.answer) for item in heldout)
+    options = EngineOptions(context_tokens=longest + 2, sequences=2, fall_back=True)
+    with find_engine(engine).open_model(model.model_path, options) as opened:
+        return judge(head, read_states(opened, heldout, head.reads), calibration=params.calibration)
+
+
+def _measurements(metrics: dict[str, Metric], suffix: str) -> list[Measurement]:
+    return [
+        Measurement(
+            name=_SHOWN[name] + suffix,
+            value=metric.value,
+            unit="ratio",
+            kind="measured",
+            ci_low=metric.ci_low,
+            ci_high=metric.ci_high,
+            device=describe_machine().text,
+            note="on held-out problems",
+        )
+        for name, metric in metrics.items()
+        if name in _SHOWN
+    ]

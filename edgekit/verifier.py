@@ -1,0 +1,782 @@
+"""V(prefix) = P(the finished answer is right): what scores partial generations, on a device.
+
+A head reads the final hidden states that an engine gives for the base model anyway; its files are a directory with
+`verifier.json`, `verifier.safetensors` and, so that it can be judged again on another quantization of the same base,
+`heldout.jsonl.gz`. A verifier with a trunk of its own steps the tokens in a second engine and puts a head on top. The
+controls, a constant and a random verifier, are here as well. Only numpy computes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import math
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
+
+from edgekit.config import M, Strict
+from edgekit.engine import Closing, Engine, Entry, FloatArray
+from edgekit.errors import InputError
+from edgekit.formats.safetensors import read_arrays, write_arrays
+
+MANIFEST, WEIGHTS, HELDOUT = "verifier.json", "verifier.safetensors", "heldout.jsonl.gz"
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_WEIGHT_BYTES = 256 << 20
+MAX_HELDOUT_BYTES = 64 << 20
+"""Of the held-out answers after decompression."""
+SMALLEST = 1e-6
+"""Probabilities stay this far from 0 and 1, so that a ratio of two is finite."""
+_TRAIN = "train it again with `edgekit train verifier`"
+
+State = Any
+"""What a verifier remembers of a prefix; immutable, so that two continuations may share it."""
+
+
+class Verifier(Protocol):
+    """V(prefix) = P(the finished answer is right)."""
+
+    @property
+    def reads(self) -> int:
+        """How many of the prompt's last positions `begin` wants hidden states of; 0: it reads none at all."""
+        ...
+
+    def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
+        """State of the empty answer; `hidden`, shape (k, hidden size), is of the prompt's last k <= reads positions."""
+        ...
+
+    def extend(self, state: State, tokens: Sequence[int], hidden: FloatArray | None) -> State:
+        """State after further tokens of the answer; `hidden` has shape (tokens, hidden size)."""
+        ...
+
+    def values(self, states: Sequence[State], done: Sequence[bool]) -> FloatArray:
+        """Probabilities, shape (states,), strictly inside (0, 1); `done` says which answers are finished."""
+        ...
+
+
+# --- controls
+
+
+@dataclass(frozen=True)
+class Constant:
+    """No verifier: the same value for every prefix."""
+
+    value: float = 0.5
+    reads: int = 0
+
+    def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
+        """Nothing is remembered."""
+        return None
+
+    def extend(self, state: State, tokens: Sequence[int], hidden: FloatArray | None) -> State:
+        """Nothing is remembered."""
+        return None
+
+    def values(self, states: Sequence[State], done: Sequence[bool]) -> FloatArray:
+        """The constant, shape (states,)."""
+        return _inside(np.full(len(states), self.value))
+
+
+@dataclass(frozen=True)
+class RandomVerifier:
+    """A uniform value in (0, 1) that depends on the seed and the tokens of prompt and answer alone."""
+
+    seed: int
+    reads: int = 0
+
+    def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
+        """Remember the tokens."""
+        return tuple(prompt)
+
+    def extend(self, state: State, tokens: Sequence[int], hidden: FloatArray | None) -> State:
+        """Remember the tokens."""
+        return (*state, *tokens)
+
+    def values(self, states: Sequence[State], done: Sequence[bool]) -> FloatArray:
+        """A hash of seed and tokens for each state, shape (states,)."""
+        return np.array([self._value(state) for state in states], np.float32)
+
+    def _value(self, tokens: Sequence[int]) -> float:
+        data = np.array([self.seed, *tokens], "<i8").tobytes()
+        number = int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "little") >> 9
+        return (number + 0.5) / 2**23  # 23 bits and a half: exact in float32, never 0 or 1
+
+
+# --- what a manifest says
+
+Size = Annotated[int, Field(ge=1, le=4096)]
+_Shapes = dict[str, tuple[int, ...]]
+
+
+class Platt(Strict):
+    """P = sigmoid(scale * logit + offset) (Platt, 1999)."""
+
+    kind: Literal["platt"] = "platt"
+    scale: FiniteFloat = 1.0
+    offset: FiniteFloat = 0.0
+
+    def probabilities(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Calibrated probabilities of a head's logits, any shape."""
+        z = np.clip(self.scale * np.asarray(logits, np.float64) + self.offset, -50, 50)
+        result: npt.NDArray[np.float64] = 1 / (1 + np.exp(-z))
+        return result
+
+
+class Isotonic(Strict):
+    """A non-decreasing function of the logit: linear between knots, constant outside."""
+
+    kind: Literal["isotonic"] = "isotonic"
+    logits: tuple[FiniteFloat, ...] = Field(min_length=1, max_length=1 << 16)
+    values: tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+
+    @model_validator(mode="after")
+    def _knots_are_ordered(self) -> Isotonic:
+        if len(self.logits) != len(self.values):
+            raise ValueError("as many values as logits are needed")
+        if any(b <= a for a, b in zip(self.logits, self.logits[1:], strict=False)):
+            raise ValueError("logits must increase")
+        if any(b < a for a, b in zip(self.values, self.values[1:], strict=False)):
+            raise ValueError("values must not decrease")
+        return self
+
+    def probabilities(self, logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Calibrated probabilities of a head's logits, any shape."""
+        return np.interp(np.asarray(logits, np.float64), self.logits, self.values)
+
+
+Calibration = Annotated[Platt | Isotonic, Field(discriminator="kind")]
+
+
+class Linear(Strict):
+    """One linear layer on [last state, done]."""
+
+    name: Literal["linear"] = "linear"
+
+    def tensors(self, hidden: int) -> _Shapes:
+        """Shapes of the weights for states of width `hidden`."""
+        return {"score": (hidden + 1,), "score_bias": (1,)}
+
+
+class Mlp(Strict):
+    """One hidden layer on [last state, mean of the answer's states, done]; the mean of no states is the zero state."""
+
+    name: Literal["mlp"] = "mlp"
+    width: Size = 64
+
+    def tensors(self, hidden: int) -> _Shapes:
+        """Shapes of the weights for states of width `hidden`."""
+        w = self.width
+        return {"inner": (w, 2 * hidden + 1), "inner_bias": (w,), "score": (w,), "score_bias": (1,)}
+
+
+class Attention(Strict):
+    """One layer of attention from the last position over all positions read, then one hidden layer.
+
+    A position is embedded as a projection of its state plus a vector for its place: counted from the prompt's end in
+    the prompt, from the answer's begin in the answer. Scores have a bias for each head, distance from the last position
+    and half (prompt or answer). The hidden layer sees [what was read, embedding of the last position, done].
+    """
+
+    name: Literal["attention"] = "attention"
+    size: Size = 64
+    """Width of the embedding, and of all heads together."""
+    heads: Size = 4
+    places: Size = 64
+    """Places told apart in each half; those farther off share the last vector."""
+    distances: Size = 64
+    """Distances told apart, likewise."""
+    width: Size = 64
+
+    @model_validator(mode="after")
+    def _heads_divide_the_size(self) -> Attention:
+        if self.size % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide a size of {self.size}")
+        return self
+
+    def tensors(self, hidden: int) -> _Shapes:
+        """Shapes of the weights for states of width `hidden`."""
+        n, w = self.size, self.width
+        return {
+            "embed": (n, hidden),
+            "places": (2, self.places, n),
+            "query": (n, n),
+            "key": (n, n),
+            "value": (n, n),
+            "distances": (self.heads, 2, self.distances),
+            "inner": (w, 2 * n + 1),
+            "inner_bias": (w,),
+            "score": (w,),
+            "score_bias": (1,),
+        }
+
+
+Architecture = Annotated[Linear | Mlp | Attention, Field(discriminator="name")]
+
+
+class Trunk(Strict):
+    """The model whose hidden states a verifier reads."""
+
+    source_digest: str
+    """Of the base checkpoint's source."""
+    model_digest: str
+    """Of the quantized artifact whose states it was trained on."""
+    name: str
+    engine: str
+
+
+class Training(Strict):
+    """What a verifier was trained on, and what that cost."""
+
+    problems: NonNegativeInt
+    rollouts: NonNegativeInt
+    prefixes: NonNegativeInt
+    tokens_forward: NonNegativeInt
+    """Tokens that the base model computed for the rollouts."""
+    seconds: NonNegativeFloat
+    engine: str
+    """Engine and version that gave the states."""
+    seed: int = 0
+
+
+class Metric(Strict):
+    """A figure on held-out problems, with its 95% interval over problems."""
+
+    value: FiniteFloat
+    ci_low: FiniteFloat
+    ci_high: FiniteFloat
+
+
+class FileInfo(Strict):
+    """Size and digest of a file."""
+
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class VerifierManifest(Strict):
+    """What `verifier.json` says."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["head", "adapter", "model"]
+    """Reads the base's states; those of the base with a LoRA; those of a model of its own."""
+    architecture: Architecture
+    hidden_size: int = Field(ge=1, le=1 << 16)
+    layer: Literal["last"] = "last"
+    """Which states: the final ones, after the last norm."""
+    reads: int = Field(ge=0, le=4096)
+    trunk: Trunk
+    calibration: Calibration
+    domains: tuple[str, ...]
+    """Tasks whose answers it was trained on."""
+    training: Training
+    metrics: dict[str, Metric] = Field(default_factory=dict)
+    files: dict[str, FileInfo]
+    """All others, by POSIX path relative to the directory."""
+
+
+class Prefixes(Strict):
+    """One answer to a problem and the labels of some of its prefixes."""
+
+    problem: str
+    """Names the problem; its answers are never split between training and judging."""
+    domain: str
+    prompt: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    answer: tuple[NonNegativeInt, ...]
+    """Without the token that ended it."""
+    positions: tuple[NonNegativeInt, ...]
+    """Lengths of the labelled prefixes, in tokens of the answer, increasing."""
+    labels: tuple[Annotated[float, Field(ge=0, le=1)], ...]
+    """P(right) of each: the fraction of completions that ended right."""
+    done: tuple[bool, ...]
+    """Whether the answer is finished there."""
+
+    @model_validator(mode="after")
+    def _one_label_a_position(self) -> Prefixes:
+        if not len(self.positions) == len(self.labels) == len(self.done):
+            raise ValueError("positions, labels and done must be equally many")
+        if any(b <= a for a, b in zip(self.positions, (*self.positions[1:], len(self.answer) + 1), strict=True)):
+            raise ValueError("positions must increase and end within the answer")
+        return self
+
+
+# --- heads
+
+
+class Head:
+    """A small network on the base model's final hidden states.
+
+    States are standardised first. What they are multiplied by is computed once, when a position is read, so that a
+    state holds projections and not hidden states.
+    """
+
+    def __init__(
+        self,
+        architecture: Linear | Mlp | Attention,
+        tensors: Mapping[str, FloatArray],
+        *,
+        reads: int = 1,
+        calibration: Platt | Isotonic | None = None,
+    ) -> None:
+        """`tensors`: `mean` and `std` of the states, shape (hidden size,), and those of the architecture.
+
+        Raises InputError when one is missing or has another shape, or a `std` is not positive.
+        """
+        self.architecture = architecture
+        self.tensors = dict(tensors)
+        self.hidden_size = len(tensors["mean"]) if "mean" in tensors else 0
+        self.calibration = calibration or Platt()
+        self._reads = reads
+        wanted = head_tensors(architecture, self.hidden_size)
+        found = {name: array.shape for name, array in tensors.items()}
+        if found != wanted:
+            odd = min(name for name in {**wanted, **found} if wanted.get(name) != found.get(name))
+            raise InputError(
+                f"a tensor {odd} of shape {wanted[odd]}" if odd in wanted else f"the tensors of {architecture.name}",
+                f"shape {found[odd]} of {odd[:200]!r}" if odd in found else "none",
+                _TRAIN,
+            )
+        if not (tensors["std"] > 0).all():
+            raise InputError("standard deviations above 0", str(tensors["std"].min()), _TRAIN)
+        self._network = _NETWORKS[architecture.name](architecture, self.tensors)
+
+    @property
+    def reads(self) -> int:
+        """How many of the prompt's last positions it wants the states of."""
+        return self._reads
+
+    def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
+        """Read the prompt's last positions, shape (k, hidden size); only an empty prompt may have None."""
+        empty = self._network.empty()
+        return empty if hidden is None and not prompt else self._network.read(empty, self._rows(hidden), answer=False)
+
+    def extend(self, state: State, tokens: Sequence[int], hidden: FloatArray | None) -> State:
+        """Read positions of the answer, shape (tokens, hidden size)."""
+        rows = self._rows(hidden)
+        if len(rows) != len(tokens):
+            raise InputError(f"hidden states of {len(tokens)} tokens", str(len(rows)), "give one row a token")
+        return self._network.read(state, rows, answer=True)
+
+    def logits(self, states: Sequence[State], done: Sequence[bool]) -> FloatArray:
+        """What comes before calibration, shape (states,)."""
+        if not states:
+            return np.zeros(0, np.float32)
+        return self._network.logits(states, np.asarray(done, np.float32))
+
+    def values(self, states: Sequence[State], done: Sequence[bool]) -> FloatArray:
+        """Calibrated probabilities, shape (states,). Raises InputError where states or weights give no number."""
+        logits = self.logits(states, done)
+        if np.isnan(logits).any():
+            raise InputError("a logit for every prefix", "NaN", f"check the model, or {_TRAIN}")
+        return _inside(self.calibration.probabilities(logits))
+
+    def _rows(self, hidden: FloatArray | None) -> FloatArray:
+        if hidden is None:
+            found = "an engine that gives none"
+            raise InputError("hidden states of the base model", found, "use an engine with hidden states")
+        if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
+            wanted = f"hidden states of width {self.hidden_size}"
+            raise InputError(wanted, f"shape {hidden.shape}", "use the verifier with the model it was trained for")
+        return hidden.astype(np.float32, copy=False)
+
+
+def head_tensors(architecture: Linear | Mlp | Attention, hidden: int) -> _Shapes:
+    """Shapes of all tensors of a head for states of width `hidden`."""
+    return {"mean": (hidden,), "std": (hidden,), **architecture.tensors(hidden)}
+
+
+class _Network(Protocol):
+    def empty(self) -> State: ...
+    def read(self, state: State, hidden: FloatArray, *, answer: bool) -> State: ...
+    def logits(self, states: Sequence[State], done: FloatArray) -> FloatArray: ...
+
+
+class _Projection:
+    """weight @ ((x - mean) / std), folded into one product."""
+
+    def __init__(self, weight: FloatArray, mean: FloatArray, std: FloatArray) -> None:
+        scaled = weight.astype(np.float64) / std
+        self._weight = np.ascontiguousarray(scaled.T, np.float32)
+        self._offset = (-scaled @ mean.astype(np.float64)).astype(np.float32)
+
+    def __call__(self, rows: FloatArray) -> FloatArray:
+        result: FloatArray = rows @ self._weight + self._offset
+        return result
+
+
+class _LinearHead:
+    """A state is the last position's part of the logit, shape (1,)."""
+
+    def __init__(self, architecture: Linear, tensors: Mapping[str, FloatArray]) -> None:
+        self._project = _Projection(tensors["score"][None, :-1], tensors["mean"], tensors["std"])
+        self._done, self._bias = tensors["score"][-1], tensors["score_bias"][0]
+
+    def empty(self) -> State:
+        return np.zeros(1, np.float32)
+
+    def read(self, state: State, hidden: FloatArray, *, answer: bool) -> State:
+        return self._project(hidden[-1:])[0] if len(hidden) else state
+
+    def logits(self, states: Sequence[State], done: FloatArray) -> FloatArray:
+        result: FloatArray = np.concatenate(states) + done * self._done + self._bias
+        return result
+
+
+class _Pooled(NamedTuple):
+    last: FloatArray
+    """The last position's share of the hidden layer, shape (width,)."""
+    total: FloatArray
+    """Sum of the shares of the answer's positions."""
+    answered: int
+    """Positions of the answer."""
+
+
+class _MlpHead:
+    def __init__(self, architecture: Mlp, tensors: Mapping[str, FloatArray]) -> None:
+        inner, mean, std = tensors["inner"], tensors["mean"], tensors["std"]
+        hidden = len(mean)
+        self._last = _Projection(inner[:, :hidden], mean, std)
+        self._mean = _Projection(inner[:, hidden : 2 * hidden], mean, std)
+        self._layers = _Layers(tensors, 2 * hidden)
+        self._width = architecture.width
+
+    def empty(self) -> _Pooled:
+        zero = np.zeros(self._width, np.float32)
+        return _Pooled(zero, zero, 0)
+
+    def read(self, state: _Pooled, hidden: FloatArray, *, answer: bool) -> _Pooled:
+        if not len(hidden):
+            return state
+        last = self._last(hidden[-1:])[0]
+        if not answer:
+            return state._replace(last=last)
+        return _Pooled(last, state.total + self._mean(hidden).sum(axis=0), state.answered + len(hidden))
+
+    def logits(self, states: Sequence[_Pooled], done: FloatArray) -> FloatArray:
+        counts = np.array([max(state.answered, 1) for state in states], np.float32)
+        means = np.stack([state.total for state in states]) / counts[:, None]
+        return self._layers(np.stack([state.last for state in states]) + means, done)
+
+
+class _Layers:
+    """The hidden layer's bias, done flag and activation, and the layer that gives the logit."""
+
+    def __init__(self, tensors: Mapping[str, FloatArray], done: int) -> None:
+        self._done, self._inner_bias = tensors["inner"][:, done], tensors["inner_bias"]
+        self._score, self._bias = tensors["score"], tensors["score_bias"][0]
+
+    def __call__(self, inner: FloatArray, done: FloatArray) -> FloatArray:
+        active = np.maximum(inner + done[:, None] * self._done + self._inner_bias, 0)
+        result: FloatArray = active @ self._score + self._bias
+        return result
+
+
+class _Attended(NamedTuple):
+    memory: FloatArray
+    """Keys and values of the positions read, shape (positions, 2, size)."""
+    last: FloatArray
+    """Embedding of the last position, shape (size,)."""
+    prompt: int
+    """Positions of the prompt among them."""
+
+
+class _AttentionHead:
+    def __init__(self, architecture: Attention, tensors: Mapping[str, FloatArray]) -> None:
+        self._shape = architecture
+        size = architecture.size
+        self._embed = _Projection(tensors["embed"], tensors["mean"], tensors["std"])
+        self._places, self._distances = tensors["places"], tensors["distances"]
+        self._query = tensors["query"].T / np.float32(math.sqrt(size // architecture.heads))
+        self._key_value = np.concatenate([tensors["key"], tensors["value"]]).T
+        self._inner = tensors["inner"][:, : 2 * size].T
+        self._layers = _Layers(tensors, 2 * size)
+
+    def empty(self) -> _Attended:
+        size = self._shape.size
+        return _Attended(np.zeros((0, 2, size), np.float32), np.zeros(size, np.float32), 0)
+
+    def read(self, state: _Attended, hidden: FloatArray, *, answer: bool) -> _Attended:
+        count = len(hidden)
+        if not count:
+            return state
+        answered = len(state.memory) - state.prompt
+        place = np.arange(answered, answered + count) if answer else np.arange(count)[::-1]
+        embedded = self._embed(hidden) + self._places[int(answer), np.minimum(place, self._shape.places - 1)]
+        memory = (embedded @ self._key_value).reshape(count, 2, -1)
+        prompt = state.prompt if answer else count
+        return _Attended(np.concatenate([state.memory, memory]), embedded[-1], prompt)
+
+    def logits(self, states: Sequence[_Attended], done: FloatArray) -> FloatArray:
+        n, heads = len(states), self._shape.heads
+        lengths = np.array([[max(len(state.memory), 1)] for state in states])
+        longest = int(lengths.max())
+        memory = np.zeros((n, longest, 2, self._shape.size), np.float32)
+        for row, state in zip(memory, states, strict=True):
+            row[: len(state.memory)] = state.memory
+        positions = np.arange(longest)
+        half = (positions >= [[state.prompt] for state in states]).astype(np.intp)
+        distance = np.clip(lengths - 1 - positions, 0, self._shape.distances - 1)
+        last = np.stack([state.last for state in states])
+        keys, values = memory.reshape(n, longest, 2, heads, -1).transpose(2, 0, 3, 1, 4)
+        scores = (keys @ (last @ self._query).reshape(n, heads, -1, 1))[..., 0]
+        scores += self._distances[:, half, distance].swapaxes(0, 1)
+        scores = np.where((positions < lengths)[:, None], scores, -np.inf)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        found = (weights[:, :, None] @ values).reshape(n, -1)
+        return self._layers(np.concatenate([found, last], axis=1) @ self._inner, done)
+
+
+_NETWORKS: Mapping[str, Callable[[Any, Mapping[str, FloatArray]], _Network]] = {
+    "linear": _LinearHead,
+    "mlp": _MlpHead,
+    "attention": _AttentionHead,
+}
+
+
+def _inside(probabilities: npt.NDArray[np.float64]) -> FloatArray:
+    return np.clip(probabilities, SMALLEST, 1 - SMALLEST).astype(np.float32)
+
+
+# --- a verifier with its own engine
+
+
+class OwnTrunk(Closing):
+    """A head on a model of its own: the base with a LoRA, or a reward model.
+
+    A state is the tokens of prompt and answer. The head reads one position, the last one, as if it were the whole
+    answer. One sequence of the engine is kept and rewound to what the next prefix shares with it; prefixes of one call
+    are taken in the order of their tokens, so that neighbours share most. Closing it closes the engine.
+    """
+
+    def __init__(self, engine: Engine, head: Head, *, to_text: Callable[[Sequence[int]], str] | None = None) -> None:
+        """`to_text` turns the base's tokens into text for a model whose tokenizer is another one.
+
+        The text is tokenized with its control tokens, which a chat template needs. Raises InputError for an engine
+        without hidden states.
+        """
+        if not engine.capabilities.hidden_states:
+            raise InputError("an engine with hidden states", "one without", "open the verifier with another engine")
+        self._engine, self._head, self._to_text = engine, head, to_text
+        self._sequence: int | None = None
+        self._held: tuple[int, ...] = ()
+
+    @property
+    def reads(self) -> int:
+        """Nothing of the base."""
+        return 0
+
+    def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
+        """Remember the tokens."""
+        return tuple(prompt)
+
+    def extend(self, state: State, tokens: Sequence[int], hidden: FloatArray | None) -> State:
+        """Remember the tokens."""
+        return (*state, *tokens)
+
+    def values(self, states: Sequence[State], done: Sequence[bool]) -> FloatArray:
+        """Step what the engine has not seen and read the last position of each state."""
+        wanted = [self._own_tokens(state) for state in states]
+        read = {tokens: self._read(tokens) for tokens in sorted(set(wanted))}
+        return self._head.values([read[tokens] for tokens in wanted], done)
+
+    def close(self) -> None:
+        """Free the model."""
+        self._engine.close()
+
+    def _own_tokens(self, state: Sequence[int]) -> tuple[int, ...]:
+        tokens = self._engine.tokenize(self._to_text(state), special=True) if self._to_text else state
+        if not tokens:
+            raise InputError("at least one token to score", "an empty prefix", "give a prompt")
+        return tuple(tokens)
+
+    def _read(self, tokens: tuple[int, ...]) -> State:
+        pairs = zip(self._held, tokens[:-1], strict=False)
+        shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._held), len(tokens) - 1))
+        grows = shared == len(self._held)
+        self._rewind(shared if grows or self._engine.capabilities.rewind else 0)
+        assert self._sequence is not None
+        sequence, self._held = self._sequence, ()  # a step that fails leaves nothing to share
+        entries = [Entry(sequence, token, wants_logits=False) for token in tokens[self._engine.length(sequence) : -1]]
+        output = self._engine.step([*entries, Entry(sequence, tokens[-1])], hidden_states=True)
+        self._held = tokens
+        return self._head.extend(self._head.begin((), None), tokens[-1:], output.hidden)
+
+    def _rewind(self, length: int) -> None:
+        """Make the sequence hold the first `length` tokens of what it holds."""
+        if self._sequence is None:
+            self._sequence = self._engine.start()
+        elif not length:
+            self._engine.release(self._sequence)
+            self._sequence = self._engine.start()
+        elif length < len(self._held):
+            self._engine.truncate(self._sequence, length)
+
+
+# --- files
+
+
+def save_verifier(
+    directory: Path,
+    head: Head,
+    *,
+    trunk: Trunk,
+    domains: Sequence[str],
+    training: Training,
+    metrics: Mapping[str, Metric],
+    heldout: Sequence[Prefixes] = (),
+    kind: Literal["head", "adapter", "model"] = "head",
+    files: Sequence[str] = (),
+) -> VerifierManifest:
+    """Write a verifier; matrices are rounded to float16, vectors stay float32. Equal contents give equal bytes.
+
+    `files` are relative paths that are in the directory already, such as a trunk's. Returns the manifest, which is
+    written last.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    write_arrays(directory / WEIGHTS, {name: _narrow(array) for name, array in sorted(head.tensors.items())})
+    names = [WEIGHTS, *files]
+    if heldout:
+        lines = b"".join(item.model_dump_json().encode() + b"\n" for item in heldout)
+        if len(lines) > MAX_HELDOUT_BYTES:
+            raise InputError(f"held-out answers of at most {MAX_HELDOUT_BYTES} bytes", str(len(lines)), "keep fewer")
+        (directory / HELDOUT).write_bytes(gzip.compress(lines, mtime=0))
+        names.append(HELDOUT)
+    manifest = VerifierManifest(
+        kind=kind,
+        architecture=head.architecture,
+        hidden_size=head.hidden_size,
+        reads=head.reads if kind == "head" else 0,
+        trunk=trunk,
+        calibration=head.calibration,
+        domains=tuple(domains),
+        training=training,
+        metrics=dict(metrics),
+        files={name: _describe(directory / name) for name in sorted(names)},
+    )
+    (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    return manifest
+
+
+def load_verifier(
+    directory: Path, engine: Engine | None = None, *, to_text: Callable[[Sequence[int]], str] | None = None
+) -> tuple[VerifierManifest, Verifier]:
+    """Read a verifier's directory; it is not trusted.
+
+    `engine` has the trunk of a verifier of the kinds `adapter` and `model`; `to_text` is as in `OwnTrunk`.
+    Raises InputError when a file is missing, damaged, too large or not what the manifest says.
+    """
+    manifest = read_manifest(directory)
+    _check(directory, manifest, WEIGHTS)
+    weights = read_arrays(directory / WEIGHTS, MAX_WEIGHT_BYTES)
+    if (found := weights["mean"].shape if "mean" in weights else ()) != (manifest.hidden_size,):
+        raise _damaged(directory / WEIGHTS, f"a mean of shape ({manifest.hidden_size},)", f"shape {found}")
+    head = Head(manifest.architecture, weights, reads=manifest.reads, calibration=manifest.calibration)
+    if manifest.kind == "head":
+        return manifest, head
+    if engine is None:
+        raise InputError(f"an engine for the {manifest.kind} of {directory}", "none", "open its trunk first")
+    return manifest, OwnTrunk(engine, head, to_text=to_text)
+
+
+def read_manifest(directory: Path) -> VerifierManifest:
+    """Read `verifier.json` and compare the sizes of the files it names. Raises InputError as `load_verifier` does."""
+    path = directory / MANIFEST
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        wanted = f"a verifier's directory, with {MANIFEST}"
+        raise InputError(wanted, f"{path}: {error.strerror or error}", "check the path") from None
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise _damaged(path, f"at most {MAX_MANIFEST_BYTES} bytes", "more")
+    manifest = _parse(VerifierManifest, data, path)
+    if WEIGHTS not in manifest.files:
+        raise _damaged(path, f"{WEIGHTS} among its files", "none")
+    if (manifest.kind == "head") != (manifest.reads > 0):
+        raise _damaged(
+            path, f"a number of positions that a verifier of kind {manifest.kind} reads", str(manifest.reads)
+        )
+    for name, entry in manifest.files.items():
+        file = _file(directory, name)
+        if file.stat().st_size != entry.bytes:
+            raise _damaged(file, f"{entry.bytes} bytes", f"{file.stat().st_size}")
+    return manifest
+
+
+def read_heldout(directory: Path) -> list[Prefixes]:
+    """Read the held-out answers of a verifier, none where it has none. Raises InputError as `load_verifier` does."""
+    manifest = read_manifest(directory)
+    if HELDOUT not in manifest.files:
+        return []
+    _check(directory, manifest, HELDOUT)
+    path = directory / HELDOUT
+    try:
+        with gzip.open(path) as stream:
+            data = stream.read(MAX_HELDOUT_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _damaged(path, "a gzip file", str(error)) from None
+    if len(data) > MAX_HELDOUT_BYTES:
+        raise _damaged(path, f"at most {MAX_HELDOUT_BYTES} bytes after decompression", "more")
+    return [_parse(Prefixes, line, path) for line in data.splitlines()]
+
+
+def verify_files(directory: Path) -> VerifierManifest:
+    """Compare every file of a verifier with its digest. Raises InputError for the first that differs."""
+    manifest = read_manifest(directory)
+    for name in manifest.files:
+        _check(directory, manifest, name)
+    return manifest
+
+
+def _narrow(array: FloatArray) -> npt.NDArray[np.floating[Any]]:
+    """Matrices in float16 where their values allow it."""
+    if array.ndim < 2 or np.abs(array).max(initial=0) > np.finfo(np.float16).max:
+        return array.astype(np.float32)
+    return array.astype(np.float16)
+
+
+def _parse(model: type[M], data: bytes, path: Path) -> M:
+    try:
+        return model.model_validate(json.loads(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise _damaged(path, f"a valid {model.__name__}", f"{where}: {first['msg']}"[:300]) from None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, "valid JSON", str(error)[:300]) from None
+
+
+def _file(directory: Path, name: str) -> Path:
+    """A regular file inside the directory, by a plain relative name."""
+    part = r"\w[\w.-]*"
+    path = directory / name
+    plain = re.fullmatch(rf"{part}(/{part})*", name) and len(name) < 256
+    if not plain or not path.resolve().is_relative_to(directory.resolve()):
+        found = f"{name[:200]!r} in {directory / MANIFEST}"
+        raise InputError("names of files inside the verifier's directory", found, "do not use this verifier")
+    if not path.is_file():
+        raise _damaged(path, "a regular file", "none")
+    return path
+
+
+def _check(directory: Path, manifest: VerifierManifest, name: str) -> None:
+    path = _file(directory, name)
+    if _describe(path) != manifest.files[name]:
+        raise _damaged(path, f"sha256 {manifest.files[name].sha256[:12]}...", "other content")
+
+
+def _describe(path: Path) -> FileInfo:
+    with path.open("rb") as stream:
+        return FileInfo(bytes=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def _damaged(path: Path, wanted: str, found: str) -> InputError:
+    return InputError(f"{wanted} in {path}", found, f"fetch the verifier again, or {_TRAIN}")
