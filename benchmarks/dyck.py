@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import statistics
 import sys
@@ -34,7 +35,11 @@ from edgekit.verifier import Constant, Mlp, RandomVerifier, Verifier
 
 LENGTH = 32
 PAIRS = {"(": ")", "[": "]"}
+SHORTEST, LONGEST = 8, 16
+"""Of the beginnings."""
 BEGIN, END, BRACKETS = 0, 1, "()[]"
+MOST_STEPS = 1200
+"""Of a walk: one by single brackets would need more, and hours."""
 RESAMPLES = 2000
 REMEMBERED = 300_000
 """Prefixes that the engine keeps the outputs of."""
@@ -64,12 +69,12 @@ class Words:
     name, summary, answer, stop, max_tokens = "dyck-2", "words of two kinds of brackets", "text", (), LENGTH
 
     def problems(self, split: Split, count: int | None, seed: int = 0) -> list[Problem]:
-        """Words cut after 8 to 16 brackets."""
+        """The beginnings of words."""
 
         def drawn() -> Iterator[Problem]:
             draw = random.Random(seed)
             while True:
-                yield Problem(word(draw)[: draw.randint(8, 16)], {}, chat=False)
+                yield Problem(word(draw)[: draw.randint(SHORTEST, LONGEST)], {}, chat=False)
 
         return choose(drawn(), split, count)
 
@@ -185,6 +190,9 @@ class WordEngine(Closing):
         if len(self._known) > REMEMBERED:
             self._known.clear()
         if new := [past for past in dict.fromkeys(wanted) if past not in self._known]:
+            if len(new) < 4:
+                # the next step will ask for one of them, and a small batch costs what one row costs
+                new += [(*past, token) for past in new for token in range(END + 1, self.vocabulary_size)]
             self._compute(new)
         rows = [self._known[past] for past in wanted]
         logits = np.array([row[0] for row in rows], np.float32).reshape(len(rows), self.vocabulary_size)
@@ -358,10 +366,10 @@ def main() -> None:
     """Train, roll out, answer, print the frontier."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few beginnings, few arguments: a minute")
-    parser.add_argument("--steps", type=int, default=400, help="training steps of the transformer")
+    parser.add_argument("--steps", type=int, default=600, help="training steps of the transformer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--beginnings", type=int, help="words to complete  [40, quick 10]")
-    parser.add_argument("--answers", type=int, default=16, help="answers of each method to each")
+    parser.add_argument("--beginnings", type=int, help="words to complete  [24, quick 8]")
+    parser.add_argument("--answers", type=int, default=12, help="answers of each method to each")
     parser.add_argument("--out", type=Path, help="write the plot here, as SVG")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -371,15 +379,15 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     print(f"transformer: {parameters} parameters, {loss:.3f} nats a token, {time.perf_counter() - begun:.0f} s")
     begun = time.perf_counter()
-    with WordEngine(network, sequences=64) as engine:
-        learn, judge = (80, 40) if quick else (600, 150)
+    with WordEngine(network, sequences=40) as engine:
+        learn, judge = (80, 40) if quick else (400, 100)
         rollouts = [
             collect(
                 engine,
                 task,
                 task.problems(split, count, arguments.seed),
                 Path(),
-                samples=32,
+                samples=16 if quick else 32,
                 reads=1,
                 options=Options(sampling=Sampling(1.0), seed=arguments.seed),
             )
@@ -402,14 +410,17 @@ def main() -> None:
         }
         methods = [
             Method("sample", "none", LENGTH, 1),
-            *(Method("vgb", name, 4, 256) for name in ("constant", "random")),
+            *(Method("vgb", name, 4, 72) for name in ("constant", "random")),
             *(Method(name, "random", 4, 8) for name in ("block-best-of-n", "block-rejection")),
         ]
-        blocks, efforts, walks = ((4,), (2, 8), (256,)) if quick else ((1, 2, 4, 8, 16), (2, 4, 8, 16, 32), (64, 256))
+        blocks, efforts = ((4, 16), (2, 8)) if quick else ((1, 2, 4, 8, 16), (2, 4, 8, 16, 32))
         for block in blocks:
             methods += [Method(n, "trained", block, e) for n in ("block-best-of-n", "block-rejection") for e in efforts]
-            methods += [Method("vgb", "trained", block, steps) for steps in walks]
-        problems = task.problems("test", arguments.beginnings or (10 if quick else 40), arguments.seed)
+            # a walk over h blocks needs some h^2 steps
+            square = math.ceil((LENGTH - SHORTEST) / block) ** 2
+            walks = (2 * square,) if quick else (2 * square, 8 * square)
+            methods += [Method("vgb", "trained", block, steps) for steps in walks if steps <= MOST_STEPS]
+        problems = task.problems("test", arguments.beginnings or (8 if quick else 24), arguments.seed)
         found = []
         for method in methods:
             found.append(answer(engine, task, problems, method, verifiers[method.verifier], arguments.answers))

@@ -145,8 +145,9 @@ def test_the_verifier_reads_the_hidden_states_of_the_positions_it_is_told(limits
         list(find_strategy(name)(session))
     again = session.begin([3, 1, 1])
     assert session.grow([again])[0].state[:3] == (3, 1, 1)
-    read = session.read(session.root, [1, 2])
-    assert read.state == (*PROMPT, 1, 2)
+    answers = [[1, 2], [], [1, 2, 3], [2], [3, 1], [1], [2, 2]]
+    read = session.read(session.root, answers)
+    assert [node.state for node in read] == [(*PROMPT, *answer) for answer in answers]
     session.close()
 
 

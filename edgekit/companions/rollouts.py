@@ -107,24 +107,19 @@ def collect(
 def read_states(engine: Engine, items: Sequence[Prefixes], reads: int) -> list[Labelled]:
     """Compute answers that are known already, to judge them by the states of another quantization of the base.
 
-    Each prompt is computed once, and each of its answers once. The engine must be able to rewind, or to fork.
+    Each prompt is computed once, and each of its answers once.
     """
-    verifier = _Recorder(reads)
-    known: dict[tuple[tuple[int, ...], tuple[int, ...]], Any] = {}
-    found = []
-    session = None
-    for item in sorted(items, key=lambda item: item.problem):
-        if (item.prompt, item.answer) not in known:
-            if session is None or session.root.prompt != item.prompt:
-                if session is not None:
-                    session.close()
-                session = Session(engine, item.prompt, Options(max_tokens=max(1, len(item.answer))), verifier)
-            node = session.read(session.root, item.answer) if item.answer else session.root
-            known[item.prompt, item.answer] = node.state
-        found.append(Labelled(item, known[item.prompt, item.answer]))
-    if session is not None:
-        session.close()
-    return found
+    answers: dict[tuple[int, ...], dict[tuple[int, ...], Any]] = {}
+    for item in items:
+        answers.setdefault(item.prompt, {})[item.answer] = None
+    for prompt, known in answers.items():
+        session = Session(engine, prompt, Options(), _Recorder(reads))
+        try:
+            for node in session.read(session.root, list(known)):
+                known[node.tokens] = node.state
+        finally:
+            session.close()
+    return [Labelled(item, answers[item.prompt][item.answer]) for item in items]
 
 
 def _half(hidden: FloatArray | None) -> Any:

@@ -146,22 +146,29 @@ class Session:
         self._drawn += self.grow([self.root] * (count - len(self._drawn)), whole=True)
         return self._drawn[:count]
 
-    def read(self, node: Node, tokens: Sequence[int], *, ended: bool = True) -> Node:
-        """The node after given tokens, as if they had been drawn: to know the value of a text from elsewhere."""
-        growth = self._open(node)
-        try:
-            growth.tokens += tokens
-            growth.data += self._engine.detokenize(tokens)
-            growth.ended = "end" if ended else None
-            entries = [Entry(growth.taken.sequence, token) for token in tokens]
-            output = self._step(entries, [growth.taken], self._reads > 0)
-            growth.path += tokens
-            growth.logits = output.logits[-1]
-            if output.hidden is not None:
-                growth.hidden += list(output.hidden)
-            return growth.node(self._extend(growth))
-        finally:
-            self._close(growth)
+    def read(self, node: Node, answers: Sequence[Sequence[int]]) -> list[Node]:
+        """The nodes after given tokens, as if they had been drawn: to know the values of texts from elsewhere."""
+        found: list[Node] = []
+        while len(found) < len(answers):
+            left = answers[len(found) :]
+            self._compute(node)
+            growths: list[_Growth] = []
+            try:
+                for tokens in left[: self._wave(node, max(map(len, left)))]:
+                    growth = self._open(node, max(1, len(tokens)))
+                    growths.append(growth)
+                    growth.tokens += tokens
+                    growth.data += self._engine.detokenize(tokens)
+                    growth.ended = "end"
+                waiting = [growth for growth in growths if len(growth.tokens) > growth.first]
+                entries = [Entry(g.taken.sequence, token) for g in waiting for token in g.tokens[g.first :]]
+                if entries:
+                    self._take_rows(self._step(entries, [g.taken for g in waiting], self._reads > 0), waiting)
+                found += [growth.node(self._extend(growth)) for growth in growths]
+            finally:
+                for growth in growths:
+                    self._close(growth)
+        return found
 
     def grow(self, nodes: Sequence[Node], *, whole: bool = False) -> list[Node]:
         """Continue each node by a block, or to its end, all in one batch; a node may stand there several times.
@@ -271,12 +278,18 @@ class Session:
                 waiting.append(growth)
         if not entries:
             return
-        output = self._step(entries, [growth.taken for growth in waiting], self._reads > 0)
-        for row, growth in enumerate(waiting):
-            growth.path.append(growth.tokens[-1])
-            growth.logits = output.logits[row]
+        self._take_rows(self._step(entries, [growth.taken for growth in waiting], self._reads > 0), waiting)
+
+    def _take_rows(self, output: StepOutput, stepped: Sequence[_Growth]) -> None:
+        """Note what a step computed: the tokens of each growth that its sequence did not hold, in their order."""
+        end = 0
+        for growth in stepped:
+            new = growth.tokens[len(growth.path) - len(growth.start.prompt) :]
+            start, end = end, end + len(new)
+            growth.path += new
+            growth.logits = output.logits[end - 1]
             if output.hidden is not None:
-                growth.hidden.append(output.hidden[row])
+                growth.hidden += list(output.hidden[start:end])
 
     def _append_text(self, growth: _Growth, piece: bytes) -> None:
         before = len(growth.data)

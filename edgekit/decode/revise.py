@@ -31,4 +31,4 @@ def decode(session: Session) -> Iterator[Node]:
         if not revised.tokens:
             return
         # as an answer to the question itself: what the verifier knows, and what the vote counts
-        chain.append(session.read(session.root, revised.tokens) if session.has_verifier else revised)
+        chain += session.read(session.root, [revised.tokens]) if session.has_verifier else [revised]

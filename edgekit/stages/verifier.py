@@ -75,7 +75,7 @@ def _judge(
     engine: str, model: Artifact, heldout: list[Prefixes], head: Head, params: Params, ctx: StageContext
 ) -> tuple[Platt | Isotonic, dict[str, Metric]]:
     longest = max(len(item.prompt) + len(item.answer) for item in heldout)
-    options = EngineOptions(context_tokens=longest + 2, sequences=2, fall_back=True)
+    options = EngineOptions(context_tokens=longest + 2, sequences=8, fall_back=True)
     with find_engine(engine).open_model(model.model_path, options) as opened:
         return judge(head, read_states(opened, heldout, head.reads), calibration=params.calibration)
 
