@@ -324,7 +324,7 @@ def settings_of(plan: Plan, built: Built) -> Settings:
         traffic=TrafficSettings(
             weight_bytes=plan.weight_bytes,
             kv_bytes_per_token=plan.memory.kv_cache_bytes // plan.context_tokens,
-            watts=watts.value if (watts := plan.target.power.typical_w) else None,
+            watts=watts.value if (watts := plan.target.power.typical_w or plan.target.power.max_w) else None,
         ),
     )
 

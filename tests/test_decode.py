@@ -183,6 +183,17 @@ def test_a_session_holds_no_more_positions_than_the_engine_has() -> None:
     assert engine.most_cells <= 30
 
 
+def test_long_answers_of_different_parents_grow_in_turns_where_they_do_not_fit_together() -> None:
+    engine = TableEngine(lambda past: [0.001, 0.4, 0.3, 0.299], sequences=4, total_tokens=40, context_tokens=40)
+    options = Options(candidates=4, max_tokens=20, sampling=FREE, block_tokens=4, block_end=None, width=4, steps=12)
+    for name in ("beam", "rebase", "mcts", "vgb"):
+        session = Session(engine, PROMPT, options, RandomVerifier(3))
+        (*_, node) = find_strategy(name)(session)
+        assert node.ended
+        session.close()
+    assert engine.most_cells <= 40
+
+
 def test_answers_drawn_in_one_batch_have_the_law_of_answers_drawn_alone() -> None:
     def law(past: tuple[int, ...]) -> list[float]:
         return letters(past) if len(past) < 5 else [1.0, 0, 0, 0]

@@ -68,10 +68,8 @@ def command(
     decode = find_strategy(name)
     verifier = open_verifier(opened)
     if needs_verifier(name) and verifier is None:
-        found = f"{name}, and no verifier in {bundle}"
-        raise InputError(
-            "a strategy that needs no verifier", found, "--strategy majority, or build with --verifier DIR"
-        )
+        advice = "--strategy majority, or build with --verifier DIR"
+        raise InputError(f"a verifier for {name}", f"none in {bundle}", advice)
     text = _read_stdin() if prompt is None else _check_unicode(prompt, "PROMPT")
     if not text.strip():
         raise InputError("a prompt", "none", 'edgekit run BUNDLE "Why is the sky blue?"')

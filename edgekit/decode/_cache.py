@@ -10,6 +10,10 @@ from edgekit.engine import Engine, FloatArray
 from edgekit.errors import InputError
 
 
+class NoRoom(InputError):
+    """The sequences in use leave no room for another."""
+
+
 @dataclass
 class _Held:
     tokens: list[int]
@@ -59,8 +63,7 @@ class PrefixCache:
     def take(self, tokens: list[int], room: int) -> Taken:
         """Return a sequence that holds a prefix of `tokens`, the longest there is, and can take `room` more.
 
-        All are known only where their logits are; else the last is left to be computed. Raises InputError when the
-        sequences in use leave no room.
+        All are known only where their logits are; else the last is left to be computed. Raises NoRoom.
         """
         best, shared = self._best(tokens)
         source = None if best is None else self._idle[best]
@@ -76,7 +79,12 @@ class PrefixCache:
             else:
                 del self._idle[best]
                 taken = self._busy[best] = Taken(best, shared, logits, source.cells[:shared], 0)
-                self._make_room(missing, None, slot=False)
+                try:
+                    self._make_room(missing, None, slot=False)
+                except NoRoom:
+                    del self._busy[best]
+                    self._engine.release(best)
+                    raise
                 taken.room = missing
             if self._engine.length(taken.sequence) != shared:
                 self._engine.truncate(taken.sequence, shared)
@@ -123,7 +131,7 @@ class PrefixCache:
             if victim is None:
                 if keep is None:
                     found = f"{self._limits.sequences} sequences and {self._limits.total_tokens} positions in all"
-                    raise InputError(
+                    raise NoRoom(
                         f"an engine with room for {cells} more positions", found, "use fewer candidates or tokens"
                     )
                 return False

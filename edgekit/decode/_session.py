@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from edgekit.decode._cache import PrefixCache, Taken
+from edgekit.decode._cache import NoRoom, PrefixCache, Taken
 from edgekit.decode._options import Choice, Options, Traffic
 from edgekit.decode._sampling import Sampling
 from edgekit.engine import Engine, Entry, FloatArray, StepOutput
@@ -151,10 +151,9 @@ class Session:
         found: list[Node] = []
         while len(found) < len(answers):
             left = answers[len(found) :]
-            self._compute(node)
             growths: list[_Growth] = []
             try:
-                for tokens in left[: self._wave(node, max(map(len, left)))]:
+                for tokens in left[: self._wave(node, max(1, *map(len, left)))]:
                     growth = self._open(node, max(1, len(tokens)))
                     growths.append(growth)
                     growth.tokens += tokens
@@ -181,8 +180,9 @@ class Session:
         room = self.options.max_tokens if whole else self.options.block_tokens
         while order:
             size = self._wave(nodes[order[0]], room)
-            wave, order = order[:size], order[size:]
-            grown.update(zip(wave, self._grow_wave([nodes[i] for i in wave], whole), strict=True))
+            found = self._grow_wave([nodes[i] for i in order[:size]], whole)
+            grown.update(zip(order, found, strict=False))
+            order = order[len(found) :]
         return [grown[i] for i in range(len(nodes))]
 
     def choose(self, choice: Choice) -> None:
@@ -216,13 +216,19 @@ class Session:
         return max(1, min(self._limits.sequences, cells // max(1, room)))
 
     def _grow_wave(self, nodes: Sequence[Node], whole: bool) -> list[Node]:
+        """Grow the first of the nodes, as many as there is room for."""
         for node in nodes:
             self._cache.touch([*node.prompt, *node.tokens])
         growths: list[_Growth] = []
         try:
             for node in nodes:
-                self._compute(node)
-                growths.append(self._open(node, None if whole else self.options.block_tokens))
+                try:
+                    growths.append(self._open(node, None if whole else self.options.block_tokens))
+                except NoRoom:
+                    # those that are open go first
+                    if not growths:
+                        raise
+                    break
             while (live := [growth for growth in growths if not growth.stopped]) and not self.spent:
                 self._advance(live)
             return [growth.node(self._extend(growth)) for growth in growths]

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, field_validator
 
 from edgekit.artifact import Artifact
 from edgekit.chat import problem_tokens
-from edgekit.decode import Options, Sampling, Traffic
+from edgekit.decode import Options, Sampling, Traffic, find_strategy
 from edgekit.engine import EngineOptions
 from edgekit.engines import find_engine
+from edgekit.errors import InputError
 from edgekit.formats.weights import read_weights
 from edgekit.measure.strategies import Curve, measure_strategies
 from edgekit.stage import Facts, StageContext, StageParams, runnable, stage
@@ -39,6 +40,16 @@ class Params(StageParams):
     """KV cache that all candidates share."""
     kv_bytes_per_token: NonNegativeInt = 0
     seed: NonNegativeInt = 0
+
+    @field_validator("names")
+    @classmethod
+    def _names_are_strategies(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            try:
+                find_strategy(name)
+            except InputError as error:
+                raise ValueError(f"{error.wanted}: {error.found}") from None
+        return names
 
     @property
     def tools(self) -> tuple[str, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from pydantic import PositiveInt
+
 from edgekit.artifact import Artifact
 from edgekit.companions.rollouts import read_states
 from edgekit.companions.verifier import judge
@@ -26,6 +28,8 @@ class Params(StageParams):
     engine: str = "llama_cpp"
     """The build states it."""
     calibration: Literal["platt", "isotonic"] = "platt"
+    problems: PositiveInt = 80
+    """Held-out problems to judge by, of those that come with the verifier."""
     source: bool = True
     """Judge it on the source model in float32, too, to tell what quantizing did to it."""
 
@@ -40,7 +44,9 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Judge the verifier's held-out answers by the states of this model, calibrate it, and store it."""
     directory = ctx.side["companion"].path
     manifest, head = load_verifier(directory)
-    heldout = read_heldout(directory)
+    every = read_heldout(directory)
+    chosen = set(list(dict.fromkeys(item.problem for item in every))[: params.problems])
+    heldout = [item for item in every if item.problem in chosen]
     if not isinstance(head, Head) or not heldout:
         raise InputError(f"a head with held-out answers in {directory}", "none", "edgekit train verifier")
     calibration, metrics = _judge(params.engine, model, heldout, head, params, ctx)
@@ -52,7 +58,7 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         domains=manifest.domains,
         training=manifest.training,
         metrics=metrics,
-        heldout=heldout,
+        heldout=every,
     )
     measurements = _measurements(metrics, "")
     notes = []
