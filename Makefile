@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 BENCHMARKS := build_time fidelity llama_decode prediction startup
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint types docs bench matrix clean
+.PHONY: help demo test test-fast lint types docs bench bench-decoding matrix clean
 
 help: ## List what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -40,6 +40,12 @@ docs: $(READY) ## Generate the reference pages and schemas in docs/
 
 bench: $(READY) ## Run the benchmarks that take minutes; each prints a table, then one JSON line
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
+
+bench-decoding: $(READY) ## Train a verifier, build the pair, and print what every strategy gets right and costs
+	$(BIN)/edgekit train verifier --target generic-x86 --recipe gguf-q8 --task arithmetic --out dist/verifier
+	$(BIN)/edgekit build --target generic-x86 --recipe gguf-q8 --verifier dist/verifier --out dist/pair
+	$(BIN)/python benchmarks/decoding.py dist/pair/generic-x86/model.gguf dist/pair/generic-x86/verifier
+	$(BIN)/python benchmarks/dyck.py
 
 matrix: $(READY) ## Build the built-in model through every recipe for four targets, and print the table
 	$(BIN)/python benchmarks/matrix.py

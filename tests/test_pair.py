@@ -24,7 +24,8 @@ from edgekit.tasks import find_task
 from edgekit.verifier import Head, RandomVerifier, read_heldout, read_manifest
 
 PROMPTS = [f"{a} owl{'s' * (a > 1)} and {b} foxes count the stars" for a in range(1, 9) for b in range(1, 9)]
-CUTS = ("--set", "strategies.problems=4", "--set", "strategies.candidates=[2, 4]")
+NAMES = "strategies.names=[greedy, majority, weighted, best-of-n, vgb]"
+CUTS = ("--set", "strategies.problems=3", "--set", "strategies.candidates=[2]", "--set", NAMES)
 
 
 @dataclass(frozen=True)
