@@ -425,7 +425,9 @@ def main() -> None:
         found = []
         for method in methods:
             found.append(answer(engine, task, problems, method, verifiers[method.verifier], arguments.answers))
-            print(f"{method} {found[-1].seconds:.1f} s", file=sys.stderr, flush=True)
+            one = found[-1]
+            means = f"balanced {one.accuracy.mean():.3f}, distinct {one.diversity.mean():.2f}"
+            print(f"{method}: {means}, {one.seconds:.1f} s", file=sys.stderr, flush=True)
     report(found, arguments, {"loss": loss, "rollouts_right": rollouts[0].right, "head": figures})
 
 

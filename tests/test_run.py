@@ -15,7 +15,7 @@ import tiny
 from edgekit.bundle import open_bundle
 from edgekit.chat import render_chat
 from edgekit.decode import Options, Session, find_strategy
-from edgekit.engine import EngineOptions
+from edgekit.engine import EngineOptions, Entry
 from edgekit.engines.llama_cpp import open_model
 from edgekit.errors import InputError
 

@@ -83,7 +83,13 @@ def make_plans(
     check_tasks(tasks)
     tasks = tasks or (companion.manifest.domains if companion else ())
     recipes = [
-        find_recipe(recipe or target.default_recipe, overrides, found, verifier=companion is not None, tasks=tasks)
+        find_recipe(
+            target.default_recipe if recipe is None else recipe,
+            overrides,
+            found,
+            verifier=companion is not None,
+            tasks=tasks,
+        )
         for target in chosen
     ]
     if model is None:
