@@ -197,8 +197,9 @@ def read_adapter(path: Path) -> Contents:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in _METHODS:
         why = _REFUSED.get(str(kind), "it can neither be merged into weights nor precomputed")
-        found = f"{kind!r} in {path / CONFIG}{suggest(str(kind), _METHODS)}: {why}"
-        raise InputError(f"an adapter of a known kind ({', '.join(_METHODS)})", found, "merge it with its own tool")
+        meant = "" if kind in _REFUSED else suggest(str(kind), _METHODS)
+        found = f"{kind!r} in {path / CONFIG}{meant}: {why}"
+        raise InputError(f"an adapter of a known kind ({', '.join(_METHODS)})", found, "choose another adapter")
     options = _options(kind, config, path)
     tensors = safetensors.read_header(path / WEIGHTS)
     if not tensors:

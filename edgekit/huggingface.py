@@ -20,6 +20,9 @@ from edgekit.errors import InputError
 os.environ.setdefault("TQDM_DISABLE", "1")
 # torchao registers enums with torch and is warned of it, which no user can change
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
+# they warn of GPU kernels that a processor has no use for
+for _name in ("torchao", "bitsandbytes"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 @contextlib.contextmanager

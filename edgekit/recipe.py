@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from edgekit.adapter import PREPENDED, Adapter
 from edgekit.config import Document, Strict, explain
+from edgekit.decode import needs_verifier
 from edgekit.engines import engine_names, find_engine
 from edgekit.errors import InputError, suggest
 from edgekit.measure import divergence
@@ -153,7 +154,11 @@ def _with_companion(recipe: Recipe, verifier: bool, tasks: Sequence[str]) -> Rec
         stages.append(((judging := find_stage("verifier")), judging.params()))
     if tasks:
         choosing = find_stage("strategies")
-        stages.append((choosing, choosing.params.model_validate({"tasks": tuple(tasks)})))
+        params = choosing.params.model_validate({"tasks": tuple(tasks)})
+        if not verifier:
+            names = tuple(name for name in params.names if not needs_verifier(name))  # type: ignore[attr-defined]
+            params = params.model_copy(update={"names": names})
+        stages.append((choosing, params))
     return replace(recipe, stages=tuple(stages))
 
 

@@ -533,6 +533,17 @@ def test_an_adapter_that_changed_since_it_was_planned(
         )
 
 
+def test_weights_that_are_no_numbers_are_the_adapters_fault(
+    copy: Callable[..., Path], merge: Callable[..., tuple[Path, Facts]]
+) -> None:
+    place = copy()
+    rewrite(place, lambda tensors: {name: tensor * float("nan") for name, tensor in tensors.items()})
+    with pytest.raises(
+        InputError, match=r"finite weights in .*adapter_model\.safetensors.*NaN or infinity in base_model"
+    ):
+        merge(place)
+
+
 # what stands before the text
 
 

@@ -267,7 +267,7 @@ def test_bytes_and_joules_are_counted_by_the_traffic() -> None:
     assert session.cost.steps == 3
     assert session.cost.bytes_moved == 3 * 1000 + 10 * (2 + 2 * 3 + 2 * 4)
     cost = session.cost
-    assert cost.energy_j == pytest.approx(5 * cost.wall_s)
+    assert cost.predicted_energy_j == pytest.approx(5 * cost.wall_s)
 
 
 # --- the walk

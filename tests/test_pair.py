@@ -17,7 +17,7 @@ import tiny
 
 from edgekit.bundle import open_bundle, open_engine, open_verifier
 from edgekit.companions.rollouts import collect, read_states
-from edgekit.decode import Options, Sampling, Session, strategy_names
+from edgekit.decode import Options, Sampling, Session, strategy_names, streams
 from edgekit.engine import EngineOptions
 from edgekit.engines import find_engine
 from edgekit.tasks import find_task
@@ -127,20 +127,17 @@ def test_a_second_build_executes_nothing(
 
 @pytest.mark.parametrize("name", [name for name in strategy_names() if name != "revise"])
 def test_run_answers_by_every_strategy_and_tells_the_cost(pair: Pair, name: str) -> None:
-    told = tiny.edgekit(
-        "run", pair.bundle, PROMPTS[0], "--raw", "--strategy", name, "--candidates", "3", "--max-tokens", "12", "--json"
-    )
+    several = () if streams(name) else ("--candidates", "3")
+    command = ("run", pair.bundle, PROMPTS[0], "--raw", "--strategy", name, *several, "--max-tokens", "12", "--json")
+    told = tiny.edgekit(*command)
     assert told.code == 0, told.stderr
     assert told.json["strategy"] == name
     assert 0 < told.json["value"] < 1
     cost = told.json["cost"]
     assert cost["tokens_forward"] >= told.json["prompt_tokens"] + told.json["tokens"] - 1
     assert cost["bytes_moved"] >= cost["steps"] * 1000
-    assert cost["energy_j"] > 0
-    again = tiny.edgekit(
-        "run", pair.bundle, PROMPTS[0], "--raw", "--strategy", name, "--candidates", "3", "--max-tokens", "12", "--json"
-    )
-    assert again.json["text"] == told.json["text"]
+    assert cost["predicted_energy_j"] > 0
+    assert tiny.edgekit(*command).json["text"] == told.json["text"]
 
 
 def test_revise_asks_again_through_the_chat_template(pair: Pair) -> None:
@@ -247,6 +244,32 @@ def test_a_bundle_without_a_verifier_says_so(bundles: Any) -> None:
     assert result.code == 2
     assert "a verifier for vgb" in result.stderr
     assert "--strategy majority" in result.stderr
+
+
+def test_candidates_of_a_strategy_that_draws_one_are_refused(pair: Pair) -> None:
+    result = tiny.edgekit("run", pair.bundle, "hi", "--strategy", "sample", "--candidates", "4")
+    assert result.code == 2
+    assert "sample, which draws one" in result.stderr
+
+
+def test_a_budget_smaller_than_the_question_is_said(pair: Pair) -> None:
+    told = tiny.edgekit("run", pair.bundle, PROMPTS[0], "--strategy", "majority", "--budget-tokens", "5", "--json")
+    assert told.code == 0
+    assert told.json["ended"] == "budget"
+    assert "the budget was spent before the answer was finished" in told.stderr
+
+
+def test_strategies_without_a_verifier_are_those_that_need_none(tiny_hf: Path) -> None:
+    result = planned(tiny_hf, "--task", "arithmetic", "--json")
+    (step,) = [s for s in json.loads(result.stdout)["targets"][0]["steps"] if s["stage"] == "strategies"]
+    assert step["params"]["names"] == ["greedy", "majority"]
+
+
+def test_every_target_that_does_not_run_the_recipe_is_named(tiny_hf: Path) -> None:
+    result = tiny.edgekit("plan", tiny_hf, "-t", "rtx-3060", "-t", "pi", "-t", "mac-mini-m4", "--recipe", "gptq-4bit")
+    assert result.code == 2
+    assert "raspberry-pi-5" in result.stderr
+    assert "mac-mini" in result.stderr
 
 
 def test_the_random_control_is_no_better_than_a_draw(pair: Pair) -> None:

@@ -339,7 +339,7 @@ def test_a_group_that_does_not_divide_is_refused_by_name(stage: str) -> None:
     found = find_stage(stage)
     with pytest.raises(InputError, match=r"64, 32, 16.*128 with 576 inputs of blk\.0\.attn_q") as refused:
         found.predict(tensors, found.params.model_validate({"group_size": 128}), frozenset())
-    assert refused.value.next_command == f"--set {stage}.group_size=16"
+    assert refused.value.next_command == f"--set {stage}.group_size=64"
     chosen, _ = found.predict(tensors, found.params(), frozenset())
     assert chosen[0].type == f"{stage}-int4-g64"
     odd = (Tensor("blk.0.attn_q.weight", (100, 64), "f16"),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,9 +11,11 @@ import click
 from edgekit.adapter import resolve_adapter
 from edgekit.commands._paths import GivenPath
 from edgekit.companion import check_tasks, resolve_verifier
+from edgekit.errors import InputError
 from edgekit.model import BUILTIN, resolve_model
 from edgekit.plan import Plan, make_plan
-from edgekit.recipe import find_recipe, parse_overrides
+from edgekit.recipe import Recipe, find_recipe, parse_overrides
+from edgekit.support import refusal
 from edgekit.target import Target, all_targets, find_target
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -75,6 +77,8 @@ def make_plans(
 ) -> list[Plan]:
     """Resolve the arguments to one plan per target; every name is checked before the model is read."""
     overrides = parse_overrides(settings)
+    if system is not None and not system.strip():
+        raise InputError("a system prompt", "an empty one", "leave --system out")
     if system is not None:
         overrides["prefix", "system"] = system
     chosen = _choose_targets(targets)
@@ -92,6 +96,9 @@ def make_plans(
         )
         for target in chosen
     ]
+    if len(refused := _refusals(chosen, recipes)) > 1:
+        advice = "leave them out, or see edgekit recipes list"
+        raise InputError("a recipe that runs on every target", "; ".join(refused), advice)
     if model is None:
         click.echo(f"no MODEL given: using {BUILTIN}", err=True)
     source = resolve_model(BUILTIN if model is None else model)
@@ -107,6 +114,12 @@ def make_plans(
         )
         for target, resolved in zip(chosen, recipes, strict=True)
     ]
+
+
+def _refusals(targets: Sequence[Target], recipes: Sequence[Recipe]) -> list[str]:
+    """The targets that do not run their recipe, and why."""
+    pairs = zip(targets, recipes, strict=True)
+    return [f"{target.name}: {why}" for target, recipe in pairs if (why := refusal(recipe, target))]
 
 
 def _choose_targets(names: tuple[str, ...]) -> list[Target]:

@@ -66,6 +66,9 @@ def command(
     settings = opened.settings
     name = settings.decode.strategy if strategy is None else strategy
     decode = find_strategy(name)
+    if streams(name) and arguments["candidates"]:
+        wanted = "--candidates with a strategy that weighs several answers"
+        raise InputError(wanted, f"{name}, which draws one", "--strategy majority, or leave it out")
     verifier = open_verifier(opened)
     if needs_verifier(name) and verifier is None:
         advice = "--strategy majority, or build with --verifier DIR"
@@ -78,6 +81,7 @@ def command(
     changes = {key: value for key, value in arguments.items() if value not in (None, ())}
     candidates = 1 if streams(name) else changes.get("candidates", settings.decode.candidates)
     with open_engine(opened, threads, candidates) as engine:
+        loaded = dict(engine.loaded)
         tokens = conversation.tokens(engine)
         context = engine.capabilities.context_tokens
         if len(tokens) >= context:
@@ -98,6 +102,8 @@ def command(
                     stream.show(answer)
             value = float(session.values([answer])[0]) if verifier is not None else None
             cost = session.cost
+    if answer.ended is None:
+        click.echo("note: the budget was spent before the answer was finished", err=True)
     if as_json:
         fields: dict[str, Any] = {
             "text": answer.text,
@@ -105,8 +111,9 @@ def command(
             "tokens": len(answer.tokens),
             "seconds": cost.wall_s,
             "strategy": name,
-            "ended": answer.ended,
+            "ended": answer.ended or "budget",
             "value": value,
+            "runs_on": loaded,
             "cost": dataclasses.asdict(cost),
         }
         click.echo(json.dumps(fields, indent=2, ensure_ascii=False))

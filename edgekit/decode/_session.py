@@ -32,8 +32,8 @@ class Cost:
     bytes_moved: int = 0
     """Weights and KV cache read, by `Traffic`."""
     wall_s: float = 0.0
-    energy_j: float | None = None
-    """Wall time at the power of `Traffic`: predicted."""
+    predicted_energy_j: float | None = None
+    """Wall time at the power of `Traffic`: it means something where that device is this machine."""
 
 
 @dataclass(eq=False)
@@ -102,7 +102,7 @@ class Session:
         """What was spent until now."""
         self._cost.wall_s = time.perf_counter() - self._started
         if self._traffic.watts is not None:
-            self._cost.energy_j = self._cost.wall_s * self._traffic.watts
+            self._cost.predicted_energy_j = self._cost.wall_s * self._traffic.watts
         return self._cost
 
     @property
@@ -112,7 +112,7 @@ class Session:
         pairs = (
             (cost.tokens_forward, budget.tokens),
             (cost.wall_s, budget.seconds),
-            (cost.energy_j, budget.joules),
+            (cost.predicted_energy_j, budget.joules),
         )
         return any(bound is not None and used is not None and used >= bound for used, bound in pairs)
 

@@ -127,7 +127,7 @@ def find_group_size(
     raise InputError(
         f"a group size that divides the inputs of every matrix ({fitting})",
         f"{wanted} with {odd.shape[0]} inputs of {odd.name}",
-        f"--set {stage}.group_size={divisors[-1]}" if divisors else "use gguf, or another model",
+        f"--set {stage}.group_size={divisors[0]}" if divisors else "use gguf, or another model",
     )
 
 

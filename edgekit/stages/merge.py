@@ -6,9 +6,10 @@ that base as well: it belongs onto the base's weights as NF4 gives them back, no
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -218,12 +219,15 @@ def _attach(network: Any, part: _Part) -> Any:
     try:
         config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(contents.peft_type)](**_settings(contents))
         model = peft.PeftModelForCausalLM(network, config)
-        result = peft.set_peft_model_state_dict(model, load_file(place / WEIGHTS))
+        weights = load_file(place / WEIGHTS)
+        result = peft.set_peft_model_state_dict(model, weights)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, IndexError) as error:
         reason = str(error).strip().partition("\n")[0][:300] or type(error).__name__
         raise InputError(
             f"an adapter that PEFT loads from {place}", reason, "use the model it was trained on"
         ) from None
+    if broken := sorted(name for name, tensor in weights.items() if not bool(tensor.isfinite().all())):
+        raise InputError(f"finite weights in {place / WEIGHTS}", f"NaN or infinity in {broken[0]}", "train it again")
     # tied embeddings and VeRA's projection have several names; AdaLoRA counts its ranks itself
     state = model.state_dict()
     loaded = {value.data_ptr() for key, value in state.items() if key not in result.missing_keys}
@@ -348,6 +352,7 @@ def _save(model: Artifact, network: Any, out: Path) -> None:
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    with quiet(), warnings.catch_warnings():
+    # what PEFT imports on the way greets the user and complains of GPU kernels
+    with quiet(), warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

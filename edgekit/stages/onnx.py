@@ -199,6 +199,10 @@ def _planned_gptq(tensor: Tensor, params: Params) -> re.Match[str] | None:
 def refuses(params: Params, target: Target) -> str | None:
     """Why a target's execution provider does not run the precision."""
     provider = params.provider or target.onnx_provider
+    # TensorRT runs where CUDA does, and WebGPU on whatever has a driver
+    offered = {"cpu", "webgpu", target.onnx_provider} | ({"tensorrt"} if target.onnx_provider == "cuda" else set())
+    if provider not in offered:
+        return f"{target.name} runs ONNX by {target.onnx_provider}, not by {provider}"
     if params.precision in PRECISIONS[provider]:
         return None
     return f"ONNX for {provider} is made in {', '.join(PRECISIONS[provider])}"
