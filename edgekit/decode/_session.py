@@ -176,7 +176,10 @@ class Session:
         """
         grown: dict[int, Node] = {i: node for i, node in enumerate(nodes) if node.ended or self.spent}
         # those of one parent stand together: it is computed at most once
-        order = sorted(set(range(len(nodes))).difference(grown), key=lambda i: id(nodes[i]))
+        first: dict[Node, int] = {}
+        order = sorted(
+            (i for i in range(len(nodes)) if i not in grown), key=lambda i: first.setdefault(nodes[i], len(first))
+        )
         room = self.options.max_tokens if whole else self.options.block_tokens
         while order:
             size = self._wave(nodes[order[0]], room)
