@@ -197,7 +197,7 @@ def read_adapter(path: Path) -> Contents:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in _METHODS:
         why = _REFUSED.get(str(kind), "it can neither be merged into weights nor precomputed")
-        meant = "" if kind in _REFUSED else suggest(str(kind), _METHODS)
+        meant = "" if str(kind) in _REFUSED else suggest(str(kind), _METHODS)
         found = f"{kind!r} in {path / CONFIG}{meant}: {why}"
         raise InputError(f"an adapter of a known kind ({', '.join(_METHODS)})", found, "choose another adapter")
     options = _options(kind, config, path)

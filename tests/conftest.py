@@ -69,6 +69,12 @@ def tiny_288(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_checkpoint(tmp_path_factory.mktemp("models") / "tiny-288", hidden=288, tied=True)
 
 
+@pytest.fixture(scope="session")
+def tiny_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As tiny_hf with tied embeddings."""
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("models") / "tiny-tied", tied=True)
+
+
 @dataclass(frozen=True)
 class Bundles:
     """What one `edgekit build` for two targets left."""

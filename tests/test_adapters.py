@@ -321,6 +321,10 @@ def test_an_adapter_of_a_quantized_base_goes_onto_that_base(
     with adapters.quiet():
         live = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, quantization_config=nf4())
         live = peft.PeftModel.from_pretrained(live, str(qlora)).eval()
+    for module in live.modules():
+        # some processors would compute in bfloat16
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     assert float((logits(load_model(out)) - logits(live)).abs().max()) < 1e-3
     wrong, _ = merge(told, onto="original")
     assert float((logits(load_model(wrong)) - logits(live)).abs().max()) > 0.05

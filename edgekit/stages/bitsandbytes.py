@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from edgekit.artifact import Artifact
+from edgekit.errors import InputError
 from edgekit.formats.safetensors import read_checkpoint
 from edgekit.model import ModelShape, elements, read_config
 from edgekit.stage import Facts, StageContext, StageParams, Tensor, stage
@@ -79,7 +80,17 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
 
 
 def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> tuple[Sequence[Tensor], Sequence[str]]:
-    """Codes, scales of blocks or outputs, and the tables and description that bitsandbytes stores with each matrix."""
+    """Codes, scales of blocks or outputs, and the tables and description that bitsandbytes stores with each matrix.
+
+    Raises InputError for 4 bits and rows that are no whole number of blocks: on processors with AVX-512, bitsandbytes
+    0.50 gives such matrices back wrong, without a word.
+    """
+    if odd := [t for t in tensors if params.type != "int8" and is_matrix(t) and t.shape[0] % _BLOCK]:
+        raise InputError(
+            f"matrices whose inputs are a multiple of {_BLOCK} for {params.type}",
+            f"{odd[0].shape[0]} inputs of {odd[0].name}",
+            "--set bitsandbytes.type=int8, or use gptq or gguf",
+        )
 
     def matrix_bytes(inputs: int, outputs: int) -> int:
         values = inputs * outputs

@@ -177,8 +177,10 @@ def quantize_nf4(network: Any, *, double_quant: bool) -> None:
     for layer in network.modules():
         if isinstance(layer, torch.nn.Linear) and layer is not head:
             weight = layer.weight.data
-            codes, state = bnb.quantize_4bit(weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
-            weight.copy_(bnb.dequantize_4bit(codes, state))
+            # as blocks: rows of another width come back wrong from its kernels for AVX-512
+            blocks = weight.reshape(-1, 64) if weight.numel() % 64 == 0 else weight
+            codes, state = bnb.quantize_4bit(blocks, blocksize=64, compress_statistics=double_quant, quant_type="nf4")
+            weight.copy_(bnb.dequantize_4bit(codes, state).view_as(weight))
 
 
 def _merge(
