@@ -38,7 +38,6 @@ from edgekit.prefix import Prefixed, StateEngine, load_prefix
 from edgekit.report import Report
 from edgekit.report.write import write_report
 from edgekit.store import explain_disk, require_writable
-from edgekit.tasks import find_task
 from edgekit.tools import copy_file, tool_version
 from edgekit.verifier import Verifier, load_verifier
 
@@ -295,7 +294,7 @@ def finish_bundle(plan: Plan, built: Built, report: Report, work: Path, out: Pat
         )
         text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
         (work / MANIFEST).write_text(text)
-        _swap(work, final)
+        swap(work, final)
     return Bundle(final, manifest, settings_of(plan, built))
 
 
@@ -334,18 +333,8 @@ def _decode_settings(plan: Plan, built: Built) -> DecodeSettings:
     if built.strategies is None:
         return DecodeSettings()
     chosen = choose_strategy(plan, strategy_rows(built))
-    params = next(params for stage, params in plan.recipe.stages if stage.name == "strategies")
-    task = find_task(plan.recipe.tasks[0])
-    return DecodeSettings(
-        strategy=chosen.strategy,
-        candidates=chosen.candidates,
-        max_tokens=task.max_tokens,
-        temperature=params.temperature,  # type: ignore[attr-defined]
-        top_p=params.top_p,  # type: ignore[attr-defined]
-        stop=task.stop,
-        answer=task.answer,
-        choices=tuple(tuple(choice) for choice in built.strategies.facts["choices"]),
-    )
+    asked = built.strategies.facts["decode"]
+    return DecodeSettings.model_validate({**asked, "strategy": chosen.strategy, "candidates": chosen.candidates})
 
 
 def strategy_rows(built: Built) -> tuple[StrategyRow, ...]:
@@ -373,7 +362,8 @@ def model_summary(plan: Plan, built: Built) -> dict[str, Any]:
     }
 
 
-def _swap(work: Path, final: Path) -> None:
+def swap(work: Path, final: Path) -> None:
+    """Put a finished directory in its place; one that is there is moved aside first, and back if that fails."""
     old = final.with_name(f".{final.name}.old-{os.getpid()}")
     if final.exists():
         final.rename(old)

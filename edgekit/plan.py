@@ -26,6 +26,7 @@ from edgekit.stage import Stage, StageParams, Tensor, find_stage
 from edgekit.store import Record, Store
 from edgekit.support import refusal
 from edgekit.target import Target
+from edgekit.tasks import task_sha256
 from edgekit.tools import tool_version
 
 IMPORT_GATE = Gate(of="import", measure="kl_divergence_nats", max=0.02)
@@ -174,6 +175,7 @@ def make_plan(
         "kv_type": kv_type,
         "context_tokens": min(context, 2048),
         "kv_bytes_per_token": kv_cache_bytes(shape, context, kv_type) // context,
+        "task_sha256": tuple(sha256 for name in recipe.tasks if (sha256 := task_sha256(name))),
     }
     steps, result = _resolve_steps(source, recipe, adapters, companion, filled)
     for step in steps:
@@ -226,10 +228,10 @@ def choose_strategy(plan: Plan, rows: Sequence[StrategyRow]) -> StrategyRow:
     bounds = [gate.max for gate in plan.recipe.gates if gate.measure == "answer_s" and gate.max is not None]
     bound = min(bounds, default=math.inf)
     eligible = [row for row in rows if row.verifier != "random" and row.task == rows[0].task]
-    seconds = {id(row): predict_answer(plan.target, plan.predictions, row).value for row in eligible}
-    within = [row for row in eligible if seconds[id(row)] <= bound]
+    timed = [(predict_answer(plan.target, plan.predictions, row).value, row) for row in eligible]
+    within = [row for seconds, row in timed if seconds <= bound]
     if not within:
-        return min(eligible, key=lambda row: seconds[id(row)])
+        return min(timed, key=lambda pair: pair[0])[1]
     return max(within, key=lambda row: (row.accuracy, -row.tokens_forward))
 
 

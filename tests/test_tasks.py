@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from edgekit.decode import find_answer
 from edgekit.errors import InputError
-from edgekit.tasks import Problem, Task, find_task, split_of, task_names, task_summary
+from edgekit.tasks import Problem, Task, find_task, split_of, task_names, task_sha256, task_summary
 from edgekit.tasks.constraints import KINDS
 from edgekit.tasks.dyck import balanced
 from edgekit.tasks.gsm8k import last_number
@@ -68,7 +69,7 @@ def test_splits_are_disjoint_and_repeat(name: str, files: dict[str, Path]) -> No
     task = open_(name, files)
     assert task.name.startswith(name)
     assert task.summary == task_summary(name)
-    assert task.answer in {"integer", "json", "text", "code", "line"}
+    assert task.answer in {"integer", "last-number", "json", "text", "code", "line"}
     assert task.max_tokens > 0
     of = {split: {p.prompt for p in task.problems(split, None)} for split in SPLITS}
     for one, other in itertools.combinations(SPLITS, 2):
@@ -374,3 +375,21 @@ def test_bad_files_are_told(tmp_path: Path, name: str, content: bytes, text: str
     with pytest.raises(InputError) as caught:
         find_task(f"jsonl:{tmp_path / name}")
     assert text in str(caught.value)
+
+
+def test_a_vote_on_gsm8k_compares_the_number_that_the_checker_checks(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"question": "How many?", "answer": "3 and 4. #### 7"}) + "\n")
+    key = find_answer(find_task(f"gsm8k:{path}").answer)
+    assert key("First 3, then 4, so #### 7") == key("Of 12 owls 5 leave: 7") == "7"
+
+
+def test_the_digest_of_a_task_is_that_of_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text("one")
+    before = task_sha256(f"jsonl:{path}")
+    path.write_text("two")
+    assert before is not None
+    assert task_sha256(f"jsonl:{path}") not in (before, None)
+    assert task_sha256("arithmetic") is None
+    assert task_sha256("arithmetic:2x2") is None

@@ -90,9 +90,7 @@ def command(
                 f"{len(tokens)} tokens",
                 "shorten it, or build with a longer --context",
             )
-        options = settings.decode.options(
-            **changes, budget=budget, seed=seed, revise=conversation.reviser(engine) if not raw else None
-        )
+        options = settings.decode.options(**changes, budget=budget, seed=seed, revise=conversation.reviser(engine))
         traffic = Traffic(**settings.traffic.model_dump())
         with closing(Session(engine, tokens, options, verifier, traffic)) as session:
             answer = session.root

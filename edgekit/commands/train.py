@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from edgekit.build import Built, build
+from edgekit.bundle import swap
 from edgekit.commands._options import make_plans, model_options
 from edgekit.commands._paths import GivenPath
 from edgekit.commands._progress import ProgressDisplay
@@ -76,7 +77,6 @@ def verifier(
     require("torch")
     check_host(plan)
     _check_place(out)
-    # nothing is read that a build for this target would not need as well
     run = _Run(plan, found, samples, seed, Options(sampling=Sampling(temperature, top_p=top_p), seed=seed), threads)
     with ProgressDisplay() as display:
         manifest = run.train(out, architecture, problems, heldout, display)
@@ -150,9 +150,7 @@ class _Run:
                     metrics=trained.metrics,
                     heldout=[item.prefixes for item in judge],
                 )
-                if out.exists():
-                    shutil.rmtree(out)
-                work.rename(out)
+                swap(work, out)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
         return manifest

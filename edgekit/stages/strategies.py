@@ -30,6 +30,8 @@ class Params(StageParams):
     """The build states it, the types and sizes that follow, and the tasks."""
     kv_type: str = "f16"
     tasks: tuple[str, ...] = ()
+    task_sha256: tuple[str, ...] = ()
+    """Of the files that tasks read."""
     problems: PositiveInt = 40
     """Of each task."""
     names: tuple[str, ...] = ("greedy", "majority", "weighted", "best-of-n", "beam", "rebase", "vgb")
@@ -70,7 +72,7 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     )
     sampling = Sampling(temperature=params.temperature, top_p=params.top_p)
     weight_bytes = sum(weight.nbytes for weight in read_weights(model.model_path))
-    rows, choices = [], []
+    rows, choices, asked = [], [], {}
     with find_engine(params.engine).open_model(model.model_path, options) as engine:
         for position, name in enumerate(params.tasks):
             task = find_task(name)
@@ -93,10 +95,12 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
                 progress,
             )
             rows += [row.model_dump(mode="json") for row in curve.rows]
-            if position == 0 and curve.difficulties:
-                choices = _choices(curve)
-    (out / FILE_NAME).write_text(json.dumps({"rows": rows, "choices": choices}, indent=2) + "\n")
-    return {"rows": rows, "choices": choices}
+            if position == 0:
+                choices = _choices(curve) if curve.difficulties else []
+                asked = {"max_tokens": task.max_tokens, "stop": list(task.stop), "answer": task.answer}
+    asked |= {"temperature": params.temperature, "top_p": params.top_p, "choices": choices}
+    (out / FILE_NAME).write_text(json.dumps({"rows": rows, "decode": asked}, indent=2) + "\n")
+    return {"rows": rows, "decode": asked}
 
 
 def _choices(curve: Curve) -> list[tuple[float, str, int]]:

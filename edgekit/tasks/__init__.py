@@ -62,7 +62,7 @@ class Task(Protocol):
 
     @property
     def answer(self) -> str:
-        """How answers are compared in a vote: `integer`, `json`, `text`, `code` or `line`."""
+        """How answers are compared in a vote: a name that `edgekit.decode.find_answer` knows."""
         ...
 
     @property
@@ -101,6 +101,15 @@ def find_task(name: str) -> Task:
         known = task_names()
         raise InputError(f"a task named {kind!r}", f"none{suggest(kind, known)}", f"use one of {', '.join(known)}")
     return cast(Task, _module(kind).open_task(name, argument))
+
+
+def task_sha256(name: str) -> str | None:
+    """Digest of the file that a task reads its problems from; None for a task without one."""
+    path = Path(name.partition(":")[2]).expanduser()
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def task_summary(name: str) -> str:

@@ -37,7 +37,7 @@ class Gsm8k:
     name: str
     rows: tuple[Row, ...]
     summary: str = SUMMARY
-    answer: str = "integer"
+    answer: str = "last-number"
     stop: tuple[str, ...] = ()
     max_tokens: int = 256
 
