@@ -30,7 +30,7 @@ from edgekit.companions.verifier import train_head
 from edgekit.decode import Node, Options, Sampling, Session, find_strategy
 from edgekit.engine import Capabilities, Closing, Entry, FloatArray, StepOutput
 from edgekit.tasks import Problem, Split, choose
-from edgekit.tasks.dyck import balanced
+from edgekit.tasks.dyck import balanced, dyck_word
 from edgekit.verifier import Constant, Mlp, RandomVerifier, Verifier
 
 LENGTH = 32
@@ -49,20 +49,6 @@ Doubles = npt.NDArray[np.float64]
 # --- the words and the model
 
 
-def word(draw: random.Random) -> str:
-    """A balanced word: a walk that opens as often as it closes where both are possible."""
-    text, expected = "", ""
-    while len(text) < LENGTH:
-        if not expected or (len(expected) < LENGTH - len(text) and draw.random() < 0.5):
-            bracket = draw.choice(list(PAIRS))
-            text += bracket
-            expected += PAIRS[bracket]
-        else:
-            text += expected[-1]
-            expected = expected[:-1]
-    return text
-
-
 class Words:
     """The task: a beginning, to be completed to a balanced word of the length."""
 
@@ -74,7 +60,7 @@ class Words:
         def drawn() -> Iterator[Problem]:
             draw = random.Random(seed)
             while True:
-                yield Problem(word(draw)[: draw.randint(SHORTEST, LONGEST)], {}, chat=False)
+                yield Problem(dyck_word(draw, LENGTH, PAIRS)[: draw.randint(SHORTEST, LONGEST)], {}, chat=False)
 
         return choose(drawn(), split, count)
 
@@ -114,7 +100,9 @@ def train(steps: int, width: int, layers: int, seed: int) -> tuple[Network, floa
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     losses = []
     for _ in range(steps):
-        rows = [[BEGIN, *(2 + BRACKETS.index(letter) for letter in word(draw)), END] for _ in range(64)]
+        rows = [
+            [BEGIN, *(2 + BRACKETS.index(letter) for letter in dyck_word(draw, LENGTH, PAIRS)), END] for _ in range(64)
+        ]
         tokens = torch.tensor(rows)
         logits = network.head(network(tokens[:, :-1]))
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())

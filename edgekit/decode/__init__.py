@@ -13,7 +13,7 @@ from functools import cache
 from types import ModuleType
 from typing import cast
 
-from edgekit.decode._answers import find_answer
+from edgekit.decode._answers import find_answer, first_json
 from edgekit.decode._options import Budget, Choice, Options, Traffic
 from edgekit.decode._sampling import Sampling
 from edgekit.decode._session import Cost, Node, Session
@@ -31,6 +31,7 @@ __all__ = [
     "Traffic",
     "find_answer",
     "find_strategy",
+    "first_json",
     "needs_verifier",
     "strategy_names",
     "streams",

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 from edgekit.errors import InputError, suggest
 
@@ -52,15 +53,20 @@ def _as_number(found: re.Match[str] | None) -> str | None:
         return None
 
 
-def _json(text: str) -> str | None:
+def first_json(text: str, openings: str = "{[") -> Any:
+    """The first JSON value in a text that begins with one of the brackets; None where there is none."""
     decoder = json.JSONDecoder()
-    for start in (found.start() for found in re.finditer(r"[{\[]", text)):
+    for place in (place for place, letter in enumerate(text) if letter in openings):
         try:
-            value, _ = decoder.raw_decode(text, start)
+            return decoder.raw_decode(text, place)[0]
         except (ValueError, RecursionError):
             continue
-        return json.dumps(value, sort_keys=True)
     return None
+
+
+def _json(text: str) -> str | None:
+    value = first_json(text)
+    return None if value is None else json.dumps(value, sort_keys=True)
 
 
 def _code(text: str) -> str | None:

@@ -7,7 +7,7 @@ without an argument it is 12.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from edgekit.errors import InputError
@@ -40,10 +40,10 @@ class Dyck:
 
     def _draw(self, seed: int) -> Iterator[Problem]:
         examples = random.Random(0)  # noqa: S311 - the same ones for every seed
-        shots = "".join(_word(examples, self.length) + "\n" for _ in range(_EXAMPLES))
+        shots = "".join(dyck_word(examples, self.length) + "\n" for _ in range(_EXAMPLES))
         draw = random.Random(seed)  # noqa: S311 - puzzles, no secrets
         while True:
-            beginning = _word(draw, self.length)[: draw.randrange(self.length // 2, self.length)]
+            beginning = dyck_word(draw, self.length)[: draw.randrange(self.length // 2, self.length)]
             yield Problem(shots + beginning, {"beginning": beginning, "length": self.length}, chat=False)
 
     def check(self, problem: Problem, answer: str) -> float:
@@ -63,14 +63,15 @@ def balanced(word: str) -> bool:
     return not expected
 
 
-def _word(draw: random.Random, length: int) -> str:
+def dyck_word(draw: random.Random, length: int, pairs: Mapping[str, str] = _PAIRS) -> str:
+    """A balanced word: a walk that opens as often as it closes where both are possible."""
     word, expected = "", ""
     while len(word) < length:
         left = length - len(word)
         if not expected or (len(expected) < left and draw.random() < 0.5):
-            opened = draw.choice(list(_PAIRS))
+            opened = draw.choice(list(pairs))
             word += opened
-            expected += _PAIRS[opened]
+            expected += pairs[opened]
         else:
             word += expected[-1]
             expected = expected[:-1]

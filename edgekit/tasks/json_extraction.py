@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from edgekit.decode import first_json
 from edgekit.errors import InputError
 from edgekit.tasks import Problem, Split, choose
 
@@ -75,15 +76,8 @@ class JsonExtraction:
 
 def first_object(text: str) -> dict[str, Any] | None:
     """The first JSON object in a text, with or without a fence around it."""
-    start = text.find("{")
-    while start >= 0:
-        try:
-            value, _ = json.JSONDecoder().raw_decode(text, start)
-        except (ValueError, RecursionError):
-            start = text.find("{", start + 1)
-            continue
-        return value if isinstance(value, dict) else None
-    return None
+    found: dict[str, Any] | None = first_json(text, "{")
+    return found
 
 
 def open_task(name: str, argument: str) -> JsonExtraction:
