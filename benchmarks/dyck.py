@@ -377,7 +377,6 @@ def main() -> None:
                 task.problems(split, count, arguments.seed),
                 Path(),
                 samples=16,
-                reads=1,
                 options=Options(sampling=Sampling(1.0), seed=arguments.seed),
             )
             for split, count in (("train", learn), ("validation", judge))

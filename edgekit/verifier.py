@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -45,12 +46,12 @@ class Verifier(Protocol):
     """V(prefix) = P(the finished answer is right)."""
 
     @property
-    def reads(self) -> int:
-        """How many of the prompt's last positions `begin` wants hidden states of; 0: it reads none at all."""
+    def reads(self) -> bool:
+        """Whether it wants hidden states."""
         ...
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
-        """State of the empty answer; `hidden`, shape (k, hidden size), is of the prompt's last k <= reads positions."""
+        """State of the empty answer; `hidden`, shape (1, hidden size), is of the prompt's last position."""
         ...
 
     def extend(self, state: State, tokens: Sequence[int], hidden: FloatArray | None) -> State:
@@ -70,7 +71,7 @@ class Constant:
     """No verifier: the same value for every prefix."""
 
     value: float = 0.5
-    reads: int = 0
+    reads: bool = False
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
         """Nothing is remembered."""
@@ -90,7 +91,7 @@ class RandomVerifier:
     """A uniform value in (0, 1) that depends on the seed and the tokens of prompt and answer alone."""
 
     seed: int
-    reads: int = 0
+    reads: bool = False
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
         """Remember the tokens."""
@@ -178,44 +179,62 @@ class Mlp(Strict):
 
 
 class Attention(Strict):
-    """One layer of attention from the last position over all positions read, then one hidden layer.
+    """A small causal transformer beside the base: it reads the tokens, and the base's state where one was read.
 
-    A position is embedded as a projection of its state plus a vector for its place: counted from the prompt's end in
-    the prompt, from the answer's begin in the answer. Scores have a bias for each head, distance from the last position
-    and half (prompt or answer). The hidden layer sees [what was read, embedding of the last position, done].
+    A position is embedded as a vector of its token, plus one for its place (counted from the prompt's end in the
+    prompt, from the answer's begin in the answer), plus a projection of its state. A prompt needs no more states than
+    that of its last position, which the base computes anyway. In each layer a position attends to those up to it,
+    with a bias for each head, distance and half (prompt or answer), and a hidden layer sees [what was read, the
+    position]; its output is added to the position. Of the last layer only the last position is wanted; a finished
+    answer's has a vector added.
     """
 
     name: Literal["attention"] = "attention"
-    size: Size = 64
+    layers: Annotated[int, Field(ge=1, le=8)] = 1
+    size: Size = 128
     """Width of the embedding, and of all heads together."""
-    heads: Size = 4
+    heads: Size = 8
     places: Size = 64
     """Places told apart in each half; those farther off share the last vector."""
     distances: Size = 64
     """Distances told apart, likewise."""
-    width: Size = 64
+    width: Size = 256
+    """Of the hidden layers."""
+    vocabulary: tuple[NonNegativeInt, ...] = Field(default=(), max_length=1 << 16)
+    """Tokens with a vector of their own, increasing; all others share one."""
 
     @model_validator(mode="after")
-    def _heads_divide_the_size(self) -> Attention:
+    def _fits(self) -> Attention:
         if self.size % self.heads:
             raise ValueError(f"{self.heads} heads do not divide a size of {self.size}")
+        if any(b <= a for a, b in itertools.pairwise(self.vocabulary)):
+            raise ValueError("the tokens of the vocabulary must increase")
         return self
 
     def tensors(self, hidden: int) -> _Shapes:
         """Shapes of the weights for states of width `hidden`."""
-        n, w = self.size, self.width
+        n, w, layers = self.size, self.width, self.layers
         return {
             "embed": (n, hidden),
+            "tokens": (1 + len(self.vocabulary), n),
             "places": (2, self.places, n),
-            "query": (n, n),
-            "key": (n, n),
-            "value": (n, n),
-            "distances": (self.heads, 2, self.distances),
-            "inner": (w, 2 * n + 1),
-            "inner_bias": (w,),
-            "score": (w,),
+            "finished": (n,),
+            "query": (layers, n, n),
+            "key": (layers, n, n),
+            "value": (layers, n, n),
+            "distances": (layers, self.heads, 2, self.distances),
+            "inner": (layers, w, 2 * n),
+            "inner_bias": (layers, w),
+            "outer": (layers, n, w),
+            "score": (n,),
             "score_bias": (1,),
         }
+
+    def token_rows(self, tokens: Sequence[int]) -> npt.NDArray[np.intp]:
+        """Rows of the table of token vectors, shape (tokens,)."""
+        known, wanted = np.array((-1, *self.vocabulary)), np.asarray(tokens, np.int64)
+        row = np.searchsorted(known, wanted)
+        return np.where(known[np.minimum(row, len(known) - 1)] == wanted, row, 0)
 
 
 Architecture = Annotated[Linear | Mlp | Attention, Field(discriminator="name")]
@@ -271,7 +290,6 @@ class VerifierManifest(Strict):
     hidden_size: int = Field(ge=1, le=1 << 16)
     layer: Literal["last"] = "last"
     """Which states: the final ones, after the last norm."""
-    reads: int = Field(ge=0, le=4096)
     trunk: Trunk
     calibration: Calibration
     domains: tuple[str, ...]
@@ -311,7 +329,7 @@ class Prefixes(Strict):
 
 
 class Head:
-    """A small network on the base model's final hidden states.
+    """A small network on the base model's final hidden states and, for attention, its tokens.
 
     States are standardised first. What they are multiplied by is computed once, when a position is read, so that a
     state holds projections and not hidden states.
@@ -322,7 +340,6 @@ class Head:
         architecture: Linear | Mlp | Attention,
         tensors: Mapping[str, FloatArray],
         *,
-        reads: int = 1,
         calibration: Platt | Isotonic | None = None,
     ) -> None:
         """`tensors`: `mean` and `std` of the states, shape (hidden size,), and those of the architecture.
@@ -333,7 +350,6 @@ class Head:
         self.tensors = dict(tensors)
         self.hidden_size = len(tensors["mean"]) if "mean" in tensors else 0
         self.calibration = calibration or Platt()
-        self._reads = reads
         wanted = head_tensors(architecture, self.hidden_size)
         found = {name: array.shape for name, array in tensors.items()}
         if found != wanted:
@@ -348,21 +364,23 @@ class Head:
         self._network = _NETWORKS[architecture.name](architecture, self.tensors)
 
     @property
-    def reads(self) -> int:
-        """How many of the prompt's last positions it wants the states of."""
-        return self._reads
+    def reads(self) -> bool:
+        """It does."""
+        return True
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
-        """Read the prompt's last positions, shape (k, hidden size); only an empty prompt may have None."""
+        """Read the prompt and the state of its last position, shape (1, hidden size); an empty one may have None."""
         empty = self._network.empty()
-        return empty if hidden is None and not prompt else self._network.read(empty, self._rows(hidden), answer=False)
+        if hidden is None and not prompt:
+            return empty
+        return self._network.read(empty, prompt, self._rows(hidden), answer=False)
 
     def extend(self, state: State, tokens: Sequence[int], hidden: FloatArray | None) -> State:
         """Read positions of the answer, shape (tokens, hidden size)."""
         rows = self._rows(hidden)
         if len(rows) != len(tokens):
             raise InputError(f"hidden states of {len(tokens)} tokens", str(len(rows)), "give one row a token")
-        return self._network.read(state, rows, answer=True)
+        return self._network.read(state, tokens, rows, answer=True)
 
     def logits(self, states: Sequence[State], done: Sequence[bool]) -> FloatArray:
         """What comes before calibration, shape (states,)."""
@@ -394,7 +412,10 @@ def head_tensors(architecture: Linear | Mlp | Attention, hidden: int) -> _Shapes
 
 class _Network(Protocol):
     def empty(self) -> State: ...
-    def read(self, state: State, hidden: FloatArray, *, answer: bool) -> State: ...
+    def read(self, state: State, tokens: Sequence[int], hidden: FloatArray, *, answer: bool) -> State:
+        """Read tokens of the answer with their states, or of the prompt with the state of the last."""
+        ...
+
     def logits(self, states: Sequence[State], done: FloatArray) -> FloatArray: ...
 
 
@@ -421,7 +442,7 @@ class _LinearHead:
     def empty(self) -> State:
         return np.zeros(1, np.float32)
 
-    def read(self, state: State, hidden: FloatArray, *, answer: bool) -> State:
+    def read(self, state: State, tokens: Sequence[int], hidden: FloatArray, *, answer: bool) -> State:
         return self._project(hidden[-1:])[0] if len(hidden) else state
 
     def logits(self, states: Sequence[State], done: FloatArray) -> FloatArray:
@@ -451,7 +472,7 @@ class _MlpHead:
         zero = np.zeros(self._width, np.float32)
         return _Pooled(zero, zero, 0)
 
-    def read(self, state: _Pooled, hidden: FloatArray, *, answer: bool) -> _Pooled:
+    def read(self, state: _Pooled, tokens: Sequence[int], hidden: FloatArray, *, answer: bool) -> _Pooled:
         if not len(hidden):
             return state
         last = self._last(hidden[-1:])[0]
@@ -480,9 +501,9 @@ class _Layers:
 
 class _Attended(NamedTuple):
     memory: FloatArray
-    """Keys and values of the positions read, shape (positions, 2, size)."""
+    """Keys and values of the positions read, shape (layers, positions, 2, size)."""
     last: FloatArray
-    """Embedding of the last position, shape (size,)."""
+    """The last position before the last layer, shape (size,)."""
     prompt: int
     """Positions of the prompt among them."""
 
@@ -490,48 +511,78 @@ class _Attended(NamedTuple):
 class _AttentionHead:
     def __init__(self, architecture: Attention, tensors: Mapping[str, FloatArray]) -> None:
         self._shape = architecture
-        size = architecture.size
         self._embed = _Projection(tensors["embed"], tensors["mean"], tensors["std"])
-        self._places, self._distances = tensors["places"], tensors["distances"]
-        self._query = tensors["query"].T / np.float32(math.sqrt(size // architecture.heads))
-        self._key_value = np.concatenate([tensors["key"], tensors["value"]]).T
-        self._inner = tensors["inner"][:, : 2 * size].T
-        self._layers = _Layers(tensors, 2 * size)
+        self._tokens, self._places, self._finished = tensors["tokens"], tensors["places"], tensors["finished"]
+        self._distances = tensors["distances"]
+        self._query = tensors["query"].swapaxes(1, 2) / np.float32(math.sqrt(architecture.size // architecture.heads))
+        self._key_value = np.concatenate([tensors["key"], tensors["value"]], axis=1).swapaxes(1, 2)
+        self._inner, self._inner_bias = tensors["inner"].swapaxes(1, 2), tensors["inner_bias"]
+        self._outer = tensors["outer"].swapaxes(1, 2)
+        self._score, self._bias = tensors["score"], tensors["score_bias"][0]
 
     def empty(self) -> _Attended:
-        size = self._shape.size
-        return _Attended(np.zeros((0, 2, size), np.float32), np.zeros(size, np.float32), 0)
+        size, layers = self._shape.size, self._shape.layers
+        return _Attended(np.zeros((layers, 0, 2, size), np.float32), np.zeros(size, np.float32), 0)
 
-    def read(self, state: _Attended, hidden: FloatArray, *, answer: bool) -> _Attended:
-        count = len(hidden)
+    def read(self, state: _Attended, tokens: Sequence[int], hidden: FloatArray, *, answer: bool) -> _Attended:
+        if not answer:
+            tokens = tokens[-self._shape.places :]
+        count, before = len(tokens), state.memory.shape[1]
         if not count:
             return state
-        answered = len(state.memory) - state.prompt
-        place = np.arange(answered, answered + count) if answer else np.arange(count)[::-1]
-        embedded = self._embed(hidden) + self._places[int(answer), np.minimum(place, self._shape.places - 1)]
-        memory = (embedded @ self._key_value).reshape(count, 2, -1)
+        place = np.arange(count) + before - state.prompt if answer else np.arange(count)[::-1]
+        row = self._places[int(answer), np.minimum(place, self._shape.places - 1)]
+        row = row + self._tokens[self._shape.token_rows(tokens)]
+        given = hidden[-count:]
+        row[count - len(given) :] += self._embed(given)
         prompt = state.prompt if answer else count
-        return _Attended(np.concatenate([state.memory, memory]), embedded[-1], prompt)
+        half = (np.arange(before + count) >= prompt)[None]
+        lengths = before + 1 + np.arange(count)
+        kept = []
+        for layer, old in enumerate(state.memory):
+            memory = np.concatenate([old, (row @ self._key_value[layer]).reshape(count, 2, -1)])
+            kept.append(memory)
+            if layer + 1 < self._shape.layers:
+                row = self._layer(layer, row[None], memory[None], half, lengths[None])[0]
+        return _Attended(np.stack(kept), row[-1], prompt)
 
     def logits(self, states: Sequence[_Attended], done: FloatArray) -> FloatArray:
-        n, heads = len(states), self._shape.heads
-        lengths = np.array([[max(len(state.memory), 1)] for state in states])
-        longest = int(lengths.max())
-        memory = np.zeros((n, longest, 2, self._shape.size), np.float32)
-        for row, state in zip(memory, states, strict=True):
-            row[: len(state.memory)] = state.memory
-        positions = np.arange(longest)
-        half = (positions >= [[state.prompt] for state in states]).astype(np.intp)
-        distance = np.clip(lengths - 1 - positions, 0, self._shape.distances - 1)
-        last = np.stack([state.last for state in states])
-        keys, values = memory.reshape(n, longest, 2, heads, -1).transpose(2, 0, 3, 1, 4)
-        scores = (keys @ (last @ self._query).reshape(n, heads, -1, 1))[..., 0]
-        scores += self._distances[:, half, distance].swapaxes(0, 1)
-        scores = np.where((positions < lengths)[:, None], scores, -np.inf)
+        lengths = np.array([[max(state.memory.shape[1], 1)] for state in states])
+        memory = np.zeros((len(states), int(lengths.max()), 2, self._shape.size), np.float32)
+        for padded, state in zip(memory, states, strict=True):
+            padded[: state.memory.shape[1]] = state.memory[-1]
+        half = np.arange(memory.shape[1]) >= [[state.prompt] for state in states]
+        last = np.stack([state.last for state in states]) + done[:, None] * self._finished
+        found = self._layer(self._shape.layers - 1, last[:, None], memory, half, lengths)[:, 0]
+        result: FloatArray = found @ self._score + self._bias
+        return result
+
+    def _layer(
+        self, layer: int, row: FloatArray, memory: FloatArray, half: npt.NDArray[Any], lengths: npt.NDArray[np.intp]
+    ) -> FloatArray:
+        """One layer for some positions of each state.
+
+        Args:
+            layer: Which.
+            row: Those positions before it, shape (states, positions, size).
+            memory: Keys and values, shape (states, length, 2, size).
+            half: 1 in the answer, shape (states or 1, length).
+            lengths: How many of the memory each position sees, shape (states, positions).
+        """
+        n, count, size = row.shape
+        length, heads = memory.shape[1], self._shape.heads
+        keys, values = memory.reshape(n, length, 2, heads, -1).transpose(2, 0, 3, 1, 4)
+        queries = (row @ self._query[layer]).reshape(n, count, heads, -1).swapaxes(1, 2)
+        distance = np.clip(lengths[..., None] - 1 - np.arange(length), 0, self._shape.distances - 1)
+        bias = self._distances[layer][:, half.astype(np.intp)[:, None], distance].swapaxes(0, 1)
+        scores = queries @ keys.swapaxes(2, 3) + bias
+        scores = np.where((np.arange(length) < lengths[..., None])[:, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         weights /= weights.sum(axis=-1, keepdims=True)
-        found = (weights[:, :, None] @ values).reshape(n, -1)
-        return self._layers(np.concatenate([found, last], axis=1) @ self._inner, done)
+        found = (weights @ values).swapaxes(1, 2).reshape(n, count, size)
+        active = np.concatenate([found, row], axis=-1) @ self._inner[layer] + self._inner_bias[layer]
+        result: FloatArray = row + np.maximum(active, 0) @ self._outer[layer]
+        return result
 
 
 _NETWORKS: Mapping[str, Callable[[Any, Mapping[str, FloatArray]], _Network]] = {
@@ -569,9 +620,9 @@ class OwnTrunk(Closing):
         self._held: tuple[int, ...] = ()
 
     @property
-    def reads(self) -> int:
-        """Nothing of the base."""
-        return 0
+    def reads(self) -> bool:
+        """Not those of the base."""
+        return False
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
         """Remember the tokens."""
@@ -653,7 +704,6 @@ def save_verifier(
         kind=kind,
         architecture=head.architecture,
         hidden_size=head.hidden_size,
-        reads=head.reads if kind == "head" else 0,
         trunk=trunk,
         calibration=head.calibration,
         domains=tuple(domains),
@@ -678,7 +728,7 @@ def load_verifier(
     weights = read_arrays(directory / WEIGHTS, MAX_WEIGHT_BYTES)
     if (found := weights["mean"].shape if "mean" in weights else ()) != (manifest.hidden_size,):
         raise _damaged(directory / WEIGHTS, f"a mean of shape ({manifest.hidden_size},)", f"shape {found}")
-    head = Head(manifest.architecture, weights, reads=manifest.reads, calibration=manifest.calibration)
+    head = Head(manifest.architecture, weights, calibration=manifest.calibration)
     if manifest.kind == "head":
         return manifest, head
     if engine is None:
@@ -700,10 +750,6 @@ def read_manifest(directory: Path) -> VerifierManifest:
     manifest = _parse(VerifierManifest, data, path)
     if WEIGHTS not in manifest.files:
         raise _damaged(path, f"{WEIGHTS} among its files", "none")
-    if (manifest.kind == "head") != (manifest.reads > 0):
-        raise _damaged(
-            path, f"a number of positions that a verifier of kind {manifest.kind} reads", str(manifest.reads)
-        )
     for name, entry in manifest.files.items():
         file = _file(directory, name)
         if file.stat().st_size != entry.bytes:

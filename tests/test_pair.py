@@ -176,7 +176,7 @@ def test_another_quantization_of_the_model_gives_states_of_its_own(pair: Pair, b
     options = EngineOptions(context_tokens=512, sequences=4)
     with find_engine("llama_cpp").open_model(bundles.model, options) as engine:
         found = collect(
-            engine, find_task(pair.task), find_task(pair.task).problems("train", 4), pair.bundle, samples=4, reads=4,
+            engine, find_task(pair.task), find_task(pair.task).problems("train", 4), pair.bundle, samples=4,
             options=Options(seed=1),
         )  # fmt: skip
         again = read_states(engine, [item.prefixes for item in found.answers], 4)

@@ -64,21 +64,22 @@ HIDDEN = 24
 ARCHITECTURES = [
     Linear(),
     Mlp(width=16),
-    Attention(size=16, heads=4, places=6, distances=5, width=12),
+    Attention(size=16, heads=4, places=6, distances=5, width=12, vocabulary=tuple(range(3, 50, 2))),
+    Attention(layers=3, size=16, heads=4, places=8, distances=5, width=12, vocabulary=(0, 1, 2, 30)),
 ]
-each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=["linear", "mlp", "attention", "layers"])
 TRUNK = Trunk(source_digest="a" * 64, model_digest="b" * 64, name="tiny", engine="llama_cpp")
 TRAINING = Training(problems=2, rollouts=4, prefixes=8, tokens_forward=100, seconds=1.5, engine="llama_cpp 0.3.36")
 
 
-def random_head(architecture: Any, seed: int = 0, reads: int = 7, **more: Any) -> Head:
+def random_head(architecture: Any, seed: int = 0, **more: Any) -> Head:
     rng = np.random.default_rng(seed)
     tensors = {
         name: rng.normal(0, 1 / np.sqrt(shape[-1]), shape).astype(np.float32)
         for name, shape in head_tensors(architecture, HIDDEN).items()
     }
     tensors["std"] = np.abs(tensors["std"]) + 0.5
-    return Head(architecture, tensors, reads=reads, **more)
+    return Head(architecture, tensors, **more)
 
 
 def random_item(rng: np.random.Generator, problem: str = "p", prompt: int = 9, answer: int = 8) -> Labelled:
@@ -92,7 +93,7 @@ def random_item(rng: np.random.Generator, problem: str = "p", prompt: int = 9, a
         labels=[float(label) for label in rng.random(len(positions))],
         done=[bool(position == answer) for position in positions],
     )
-    return Labelled(prefixes, rng.normal(0, 2, (prompt + answer, HIDDEN)).astype(np.float32))
+    return Labelled(prefixes, rng.normal(0, 2, (1 + answer, HIDDEN)).astype(np.float32))
 
 
 # --- controls
@@ -102,7 +103,7 @@ def test_the_random_verifier_is_uniform_and_depends_on_seed_and_tokens_alone() -
     verifier = RandomVerifier(3)
     states = [verifier.extend(verifier.begin([1, 2], None), [i], None) for i in range(4000)]
     values = np.sort(verifier.values(states, [False] * len(states)))
-    assert verifier.reads == 0
+    assert not verifier.reads
     assert 0 < values[0] < values[-1] < 1
     # Kolmogorov-Smirnov: the 0.1% point is 1.95 / sqrt(n)
     steps = np.arange(len(values) + 1) / len(values)
@@ -138,20 +139,20 @@ def test_numpy_computes_what_torch_computes(architecture: Any) -> None:
     shapes = [(9, 8), (3, 1), (7, 0), (1, 12), (12, 30)]
     items = [random_item(rng, prompt=prompt, answer=answer) for prompt, answer in shapes]
     head = random_head(architecture)
-    batch = collate(items, head.reads)
+    batch = collate(items, architecture)
     with torch.no_grad():
         theirs = forward(architecture, {n: torch.from_numpy(t) for n, t in head.tensors.items()}, batch)
     ours = np.concatenate([head_logits(head, item) for item in items])
     assert len(ours) == 3 + 2 + 1 + 3 + 3
     assert np.abs(ours).max() > 0.5
-    np.testing.assert_allclose(ours, theirs[batch.wanted].numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours, theirs[batch.count > 0].numpy(), rtol=1e-5, atol=1e-5)
 
 
 @each_architecture
 def test_extending_in_pieces_is_extending_at_once(architecture: Any) -> None:
     rng = np.random.default_rng(2)
     head = random_head(architecture)
-    prompt, answer = rng.normal(0, 1, (7, HIDDEN)), rng.normal(0, 1, (11, HIDDEN))
+    prompt, answer = rng.normal(0, 1, (1, HIDDEN)), rng.normal(0, 1, (11, HIDDEN))
     begun = head.begin(range(9), prompt)
     whole = head.extend(begun, range(11), answer)
     pieces = begun
@@ -170,7 +171,7 @@ def test_a_batch_gives_what_its_states_give_alone(architecture: Any) -> None:
     head = random_head(architecture)
     states, done = [head.begin([], None)], [False]
     for length in (0, 1, 5, 40):
-        begun = head.begin([1], rng.normal(0, 1, (1 + length % 7, HIDDEN)))
+        begun = head.begin(range(1 + length), rng.normal(0, 1, (1, HIDDEN)))
         states.append(head.extend(begun, range(length), rng.normal(0, 1, (length, HIDDEN))))
         done.append(length > 4)
     together = head.values(states, done)
@@ -180,20 +181,36 @@ def test_a_batch_gives_what_its_states_give_alone(architecture: Any) -> None:
     assert len(head.values([], [])) == 0
 
 
-def test_attention_sees_places_and_order_and_the_mean_does_not() -> None:
+@each_architecture
+def test_what_a_head_sees(architecture: Any) -> None:
     rng = np.random.default_rng(4)
-    prompt, answer = rng.normal(0, 1, (4, HIDDEN)), rng.normal(0, 1, (5, HIDDEN))
-    swapped = answer[[1, 0, 2, 3, 4]]
+    head = random_head(architecture)
+    tokens, prompt, answer = (3, 5, 7, 9, 11), rng.normal(0, 1, (1, HIDDEN)), rng.normal(0, 1, (5, HIDDEN))
 
-    def value(head: Head, first: Any, second: Any) -> float:
-        return float(head.logits([head.extend(head.begin([1], first), range(len(second)), second)], [False])[0])
+    def value(tokens: Any, first: Any, after: Any, second: Any) -> float:
+        return float(head.logits([head.extend(head.begin(tokens, first), after, second)], [False])[0])
 
-    attention, mlp = random_head(ARCHITECTURES[2]), random_head(ARCHITECTURES[1])
-    assert value(mlp, prompt, answer) == pytest.approx(value(mlp, prompt, swapped), abs=1e-5)
-    assert abs(value(attention, prompt, answer) - value(attention, prompt, swapped)) > 1e-3
-    # the same states, but the prompt ends elsewhere
-    joined = np.concatenate([prompt, answer])
-    assert abs(value(attention, prompt, answer) - value(attention, joined[:5], joined[5:])) > 1e-3
+    def differs(other: float) -> bool:
+        return abs(other - value(tokens, prompt, tokens, answer)) > 1e-4
+
+    attends = isinstance(architecture, Attention)
+    assert differs(value(tokens, prompt, tokens, answer[::-1]))
+    # of the answer's states the mean loses their order but for the last, and a linear head all of them
+    assert differs(value(tokens, prompt, tokens, answer[[1, 0, 2, 3, 4]])) == attends
+    assert differs(value(tokens, -prompt, tokens, answer)) == attends
+    # tokens and their places
+    known = isinstance(architecture, Attention) and 5 in architecture.vocabulary
+    assert differs(value((5, 3, 7, 9, 11), prompt, tokens, answer)) == known
+    assert differs(value(tokens, prompt, (5, 3, 7, 9, 11), answer)) == known
+    assert differs(value((3, *tokens), prompt, tokens, answer)) == attends
+    # farther back than it has places, nothing is read
+    far = [1] * 12
+    assert value([3, *far], prompt, tokens, answer) == value([5, *far], prompt, tokens, answer)
+
+
+def test_a_token_outside_the_vocabulary_shares_one_vector() -> None:
+    assert list(Attention(vocabulary=(2, 5, 9)).token_rows([9, 2, 3, 5, 10, 0])) == [3, 1, 0, 2, 0, 0]
+    assert list(Attention().token_rows([0, 7])) == [0, 0]
 
 
 def test_extreme_states_stay_strictly_inside() -> None:
@@ -304,12 +321,13 @@ def test_labels_of_shared_prefixes_are_means() -> None:
     answers = [[1, 2, 3], [1, 2, 4], [1, 5], [6]]
     right = [1, 0, 0, 1]
     labels = label_prefixes(answers, right)
-    for answer, found in zip(answers, labels, strict=True):
-        for length in range(len(answer) + 1):
+    for answer, outcome, found in zip(answers, right, labels, strict=True):
+        assert found[len(answer)] == outcome
+        for length in range(len(answer)):
             through = [r for a, r in zip(answers, right, strict=True) if a[:length] == answer[:length]]
             assert found[length] == pytest.approx(np.mean(through))
-    # an answer that is a prefix of another counts for both
-    assert [list(part) for part in label_prefixes([[1], [1, 2]], [1, 0])] == [[0.5, 0.5], [0.5, 0.5, 0.0]]
+    # as a prefix it has both ends before it, as an answer its own
+    assert [list(part) for part in label_prefixes([[1], [1, 2]], [1, 0])] == [[0.5, 1.0], [0.5, 0.5, 0.0]]
 
 
 # --- training
@@ -323,14 +341,14 @@ def digit_task(problems: int, seed: int, *, shuffled: bool = False) -> list[Labe
         digits, marked = rng.integers(0, 3, 6), rng.integers(0, 6)
         for _ in range(4):
             answer = rng.integers(0, 3, 3)
-            hidden = rng.normal(0, 0.1, (9, HIDDEN)).astype(np.float32)
-            hidden[np.arange(9), np.concatenate([digits, answer])] += 1
-            hidden[marked, 3] += 1
+            # the states know the answer's digits; the prompt's are only in its tokens
+            hidden = rng.normal(0, 0.1, (4, HIDDEN)).astype(np.float32)
+            hidden[np.arange(1, 4), answer] += 1
             label = float(rng.random() < 1 / 3) if shuffled else float(answer[-1] == digits[marked])
             prefixes = Prefixes(
                 problem=f"{seed}/{problem}",
                 domain="digits",
-                prompt=[int(digit) for digit in digits],
+                prompt=[int(digit) + 10 * (place == marked) for place, digit in enumerate(digits)],
                 answer=[int(digit) for digit in answer],
                 positions=[0, 3],
                 labels=[1 / 3, label],
@@ -446,7 +464,7 @@ def test_what_is_saved_is_loaded(architecture: Any, tmp_path: Path) -> None:
     head, heldout = saved(tmp_path / "one", architecture, calibration=calibration)
     manifest, loaded = load_verifier(tmp_path / "one")
     assert isinstance(loaded, Head)
-    assert (manifest.kind, manifest.reads, loaded.reads, manifest.domains) == ("head", 7, 7, ("toy",))
+    assert (manifest.kind, loaded.reads, manifest.domains) == ("head", True, ("toy",))
     assert (loaded.architecture, loaded.calibration) == (architecture, calibration)
     assert read_heldout(tmp_path / "one") == heldout
     item = random_item(np.random.default_rng(9))
@@ -558,7 +576,6 @@ HOSTILE = {
     "a huge size": setting("architecture/size", 1 << 40),
     "another size": setting("architecture/size", 20),
     "another width": setting("hidden_size", HIDDEN + 1),
-    "reads nothing": setting("reads", 0),
     "NaN calibration": setting("calibration/scale", math.nan),
     "infinite metric": setting("metrics/auc/value", math.inf),
     "an absolute path": setting("files//etc/hostname", FILE),
@@ -688,7 +705,7 @@ def test_a_trunk_of_its_own_scores_each_prefix_by_its_last_state(architecture: A
     head, engine = random_head(architecture), Echo(rewind=rewind)
     rng = np.random.default_rng(10)
     with OwnTrunk(engine, head) as verifier:  # type: ignore[arg-type]
-        assert verifier.reads == 0
+        assert not verifier.reads
         for _ in range(5):
             begun = verifier.begin([7, 8], None)
             states = [verifier.extend(begun, list(rng.integers(0, 2, rng.integers(0, 5))), None) for _ in range(6)]
@@ -731,9 +748,9 @@ def test_a_verifier_with_a_trunk_needs_an_engine(tmp_path: Path) -> None:
     saved(tmp_path, Linear(), kind="model", heldout=[])
     with pytest.raises(InputError, match="an engine for the model"):
         load_verifier(tmp_path)
-    manifest, verifier = load_verifier(tmp_path, Echo())  # type: ignore[arg-type]
+    _, verifier = load_verifier(tmp_path, Echo())  # type: ignore[arg-type]
     assert isinstance(verifier, OwnTrunk)
-    assert (manifest.reads, verifier.reads) == (0, 0)
+    assert not verifier.reads
     assert read_heldout(tmp_path) == []
 
 

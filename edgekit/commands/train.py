@@ -29,8 +29,6 @@ from edgekit.tools import require
 from edgekit.verifier import MANIFEST, Attention, Linear, Mlp, Training, Trunk, VerifierManifest, save_verifier
 
 _SHAPES = {"attention": Attention, "mlp": Mlp, "linear": Linear}
-_READS = 64
-"""Positions of the prompt that are kept for attention to read."""
 
 
 @click.group(name="train", short_help="Train a companion for a model: a verifier.")
@@ -119,7 +117,6 @@ class _Run:
             train,
             judge,
             architecture=_SHAPES[architecture](),
-            reads=_READS,
             seed=self.seed,
             threads=self.threads or EngineOptions().cpu_threads,
             progress=lambda done, total: display.progressed(done, total, "epochs"),
@@ -184,7 +181,6 @@ class _Run:
                 task.problems(split, count, self.seed),
                 built.checkpoint.path,
                 samples=self.samples,
-                reads=_READS,
                 options=self.options,
                 progress=lambda done, total: display.progressed(done, total, "problems"),
             )

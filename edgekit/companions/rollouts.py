@@ -32,10 +32,10 @@ class Rollouts:
 class _Recorder:
     """A verifier in form only: what it remembers are the states themselves, shape (positions, hidden size)."""
 
-    reads: int
+    reads: bool = True
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> Any:
-        """The prompt's last positions."""
+        """The prompt's last position."""
         return _half(hidden)
 
     def extend(self, state: Any, tokens: Sequence[int], hidden: FloatArray | None) -> Any:
@@ -54,7 +54,6 @@ def collect(
     tokenizer: Path,
     *,
     samples: int,
-    reads: int,
     options: Options,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Rollouts:
@@ -66,7 +65,6 @@ def collect(
         problems: Of the task.
         tokenizer: Directory with the chat template.
         samples: Answers to each problem.
-        reads: Positions of the prompt whose hidden states are kept.
         options: How tokens are drawn; the seed is counted up from problem to problem.
         progress: Called with finished and planned problems.
 
@@ -76,7 +74,7 @@ def collect(
     forward, outcomes = 0, []
     for index, problem in enumerate(problems):
         drawn = replace(options, stop=task.stop, max_tokens=task.max_tokens, seed=options.seed + index)
-        session = Session(engine, problem_tokens(engine, tokenizer, problem), drawn, _Recorder(reads))
+        session = Session(engine, problem_tokens(engine, tokenizer, problem), drawn, _Recorder())
         try:
             nodes = session.draw(samples)
         finally:
@@ -104,7 +102,7 @@ def collect(
     return Rollouts(tuple(answers), forward, float(np.mean(outcomes)))
 
 
-def read_states(engine: Engine, items: Sequence[Prefixes], reads: int) -> list[Labelled]:
+def read_states(engine: Engine, items: Sequence[Prefixes]) -> list[Labelled]:
     """Compute answers that are known already, to judge them by the states of another quantization of the base.
 
     Each prompt is computed once, and each of its answers once.
@@ -113,7 +111,7 @@ def read_states(engine: Engine, items: Sequence[Prefixes], reads: int) -> list[L
     for item in items:
         answers.setdefault(item.prompt, {})[item.answer] = None
     for prompt, known in answers.items():
-        session = Session(engine, prompt, Options(), _Recorder(reads))
+        session = Session(engine, prompt, Options(), _Recorder())
         try:
             for node in session.read(session.root, list(known)):
                 known[node.tokens] = node.state

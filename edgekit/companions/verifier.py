@@ -11,7 +11,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,8 @@ Doubles = npt.NDArray[np.float64]
 CalibrationKind = Literal["platt", "isotonic"]
 _VALIDATION = 0.15
 _RESAMPLES = 200
+_FEW_PROBLEMS, _MOST_TOKENS = 3, 4096
+"""A token has a vector of its own if it is in as many problems, and is among the commonest."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,9 @@ class Labelled:
 
     prefixes: Prefixes
     hidden: Array
-    """float16 or float32, shape (k + tokens of the answer, hidden size): the prompt's last k >= 1 positions first."""
-
-    @property
-    def read(self) -> int:
-        """Positions of the prompt, k."""
-        return len(self.hidden) - len(self.prefixes.answer)
+    """float16 or float32, shape (1 + tokens of the answer, hidden size): the prompt's last position first."""
+    count: int = 1
+    """How many rollouts gave this answer."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,8 @@ def label_prefixes(answers: Sequence[Sequence[int]], right: Sequence[float]) -> 
         answers: Tokens of each rollout of one problem.
         right: 1 for a rollout that ended right, else 0.
 
-    Returns for each rollout the labels of its prefixes of 0 to all tokens, shape (tokens + 1,).
+    Returns for each rollout the labels of its prefixes of 0 to all tokens, shape (tokens + 1,). The last is that of the
+    finished answer: its own outcome, whatever became of longer ones.
     """
     children: dict[tuple[int, int], int] = {}
     paths = []
@@ -83,7 +83,8 @@ def label_prefixes(answers: Sequence[Sequence[int]], right: Sequence[float]) -> 
     for path, outcome in zip(paths, right, strict=True):
         total[path] += outcome
         count[path] += 1
-    return [total[path] / count[path] for path in paths]
+    shared = [total[path] / count[path] for path in paths]
+    return [np.append(labels[:-1], outcome) for labels, outcome in zip(shared, right, strict=True)]
 
 
 # --- judging
@@ -177,12 +178,11 @@ def fit_isotonic(logits: Array, labels: Array) -> Isotonic:
 
 def head_logits(head: Head, item: Labelled) -> FloatArray:
     """Logits of a head, without calibration, for the labelled prefixes of one answer, shape (positions,)."""
-    own, read = item.prefixes, item.read
-    hidden = np.asarray(item.hidden, np.float32)
-    state = head.begin(own.prompt, hidden[max(read - head.reads, 0) : read])
+    own, hidden = item.prefixes, np.asarray(item.hidden, np.float32)
+    state = head.begin(own.prompt, hidden[:1])
     states, seen = [], 0
     for position in own.positions:
-        state = head.extend(state, own.answer[seen:position], hidden[read + seen : read + position])
+        state = head.extend(state, own.answer[seen:position], hidden[1 + seen : 1 + position])
         states.append(state)
         seen = position
     return head.logits(states, own.done)
@@ -196,7 +196,9 @@ def judge(
     Measured is with two folds of problems: the calibration that a fold's figures are computed with was fitted to the
     other fold. The one returned is fitted to both. Figures, where there is something to compare: `auc`; `auc_done`
     of finished answers; `auc_within` of finished answers to the same problem, which is what choosing among candidates
-    needs; `ece`; `brier`; `base_rate`, the mean label. Intervals resample problems; resampling itself raises an `ece`.
+    needs; `ece`; `brier`; `base_rate`, the mean label. Intervals resample problems. Few items in a bin differ from the
+    labels by chance, and resampled ones more so: the bootstrap's estimate of that bias is taken off the `ece` and its
+    interval (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 10).
 
     Raises InputError for fewer than two problems.
     """
@@ -244,7 +246,11 @@ def judge(
     metrics = {}
     for name, value in whole.items():
         if not math.isnan(value):
-            low, high = np.nanpercentile([figure[name] for figure in drawn], [2.5, 97.5])
+            found = np.array([figure[name] for figure in drawn])
+            if name == "ece":
+                found = np.maximum(2 * value - found, 0)
+                value = float(found.mean())
+            low, high = np.nanpercentile(found, [2.5, 97.5])
             metrics[name] = Metric(value=value, ci_low=float(low), ci_high=float(high))
     return fit(np.concatenate(scores), np.concatenate(labels)), metrics
 
@@ -261,13 +267,12 @@ def train_head(
     heldout: Sequence[Labelled],
     *,
     architecture: Linear | Mlp | Attention,
-    reads: int = 64,
     seed: int = 0,
-    epochs: int = 60,
+    epochs: int = 40,
     patience: int = 10,
-    batch: int = 32,
+    batch: int = 64,
     learning_rate: float = 2e-3,
-    weight_decay: float = 0.05,
+    weight_decay: float = 0.1,
     dropout: float = 0.1,
     calibration: CalibrationKind = "platt",
     threads: int = 2,
@@ -281,8 +286,8 @@ def train_head(
     Args:
         train: Labelled answers to train on.
         heldout: Labelled answers to other problems.
-        architecture: What to train.
-        reads: Positions of the prompt that attention reads; the states may hold more. Others read the last one.
+        architecture: What to train. Attention without a vocabulary gets one: the commonest tokens of the answers and
+            of the parts of the prompts that it reads.
         seed: Of initial weights, order, dropout and splits.
         epochs: Most passes over the training problems.
         patience: Epochs without improvement before it stops.
@@ -299,27 +304,28 @@ def train_head(
     import torch
 
     begin = time.perf_counter()
-    reads = reads if isinstance(architecture, Attention) else 1
     for items, name in ((train, "training"), (heldout, "held-out")):
         _check_items(items, name)
     both = {item.prefixes.problem for item in train} & {item.prefixes.problem for item in heldout}
     if both:
         raise InputError("held-out problems that are not trained on", min(both)[:80], "split by problem")
     rng = np.random.default_rng(seed)
-    fitted, aside = _split(train, rng)
-    tensors = _initial(architecture, fitted, reads, rng)
+    fitted, aside = map(_merge, _split(train, rng))
+    if isinstance(architecture, Attention) and not architecture.vocabulary:
+        tokens = _common_tokens([item.prefixes for item in fitted], architecture.places)
+        architecture = architecture.model_copy(update={"vocabulary": tokens})
+    tensors = _initial(architecture, fitted, rng)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             settings = (epochs, patience, batch, learning_rate, weight_decay, dropout)
-            tensors, kept = _optimise(architecture, tensors, fitted, aside, reads, rng, settings, progress)
+            tensors, kept = _optimise(architecture, tensors, fitted, aside, rng, settings, progress)
     finally:
         torch.set_num_threads(before)
-    head = Head(architecture, tensors, reads=reads)
-    chosen, metrics = judge(head, heldout, calibration=calibration, seed=seed)
-    head = Head(architecture, tensors, reads=reads, calibration=chosen)
+    chosen, metrics = judge(Head(architecture, tensors), heldout, calibration=calibration, seed=seed)
+    head = Head(architecture, tensors, calibration=chosen)
     return Trained(head, metrics, kept, time.perf_counter() - begin)
 
 
@@ -328,7 +334,6 @@ def _optimise(
     tensors: Mapping[str, FloatArray],
     fitted: Sequence[Labelled],
     aside: Sequence[Labelled],
-    reads: int,
     rng: np.random.Generator,
     settings: tuple[int, int, int, float, float, float],
     progress: Callable[[int, int], None],
@@ -344,30 +349,36 @@ def _optimise(
     ]
     optimiser = torch.optim.AdamW(groups, lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs, learning_rate / 10)
-    entropy = torch.nn.functional.binary_cross_entropy_with_logits
     best, kept, weights = math.inf, 0, dict(tensors)
     for epoch in range(1, epochs + 1):
         for items in _batches(fitted, batch, rng.permutation(len(fitted))):
-            one = collate(items, reads)
-            loss = entropy(forward(architecture, parameters, one, dropout)[one.wanted], one.labels[one.wanted])
+            loss, count = _loss(architecture, parameters, collate(items, architecture), dropout)
             optimiser.zero_grad()
-            loss.backward()
+            (loss / count).backward()
             optimiser.step()
         schedule.step()
-        total, count = 0.0, 0
+        total = 0.0
         with torch.no_grad():
             for items in _batches(aside, batch, np.arange(len(aside))):
-                one = collate(items, reads)
-                logits = forward(architecture, parameters, one)[one.wanted]
-                total += float(entropy(logits, one.labels[one.wanted], reduction="sum"))
-                count += len(logits)
+                total += float(_loss(architecture, parameters, collate(items, architecture))[0])
         progress(epoch, epochs)
-        if total / count < best:
-            best, kept = total / count, epoch
+        if total < best:
+            best, kept = total, epoch
             weights = {name: p.detach().numpy().copy() for name, p in parameters.items()}
         elif epoch - kept >= patience:
             break
     return weights, kept
+
+
+def _loss(
+    architecture: Linear | Mlp | Attention, parameters: Mapping[str, Any], batch: Batch, dropout: float = 0.0
+) -> tuple[Any, Any]:
+    """Sum of the cross-entropies of all prefixes, and how many there are."""
+    import torch
+
+    logits = forward(architecture, parameters, batch, dropout)
+    entropies = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels, reduction="none")
+    return (entropies * batch.count).sum(), batch.count.sum()
 
 
 def _batches(items: Sequence[Labelled], size: int, order: Array) -> Iterator[list[Labelled]]:
@@ -379,8 +390,8 @@ def _check_items(items: Sequence[Labelled], name: str) -> None:
     if not any(item.prefixes.positions for item in items):
         raise InputError(f"labelled {name} prefixes", "none", "label more problems")
     widths = {item.hidden.shape[1:] for item in items}
-    if len(widths) != 1 or any(item.read < 1 for item in items):
-        wanted = "hidden states of one width, of every token of the answers and a position of the prompt"
+    if len(widths) != 1 or any(len(item.hidden) != 1 + len(item.prefixes.answer) for item in items):
+        wanted = "hidden states of one width, of every token of the answers and the last one of the prompt"
         raise InputError(wanted, f"widths {sorted(widths)}", "collect them with one engine")
 
 
@@ -398,13 +409,33 @@ def _split(items: Sequence[Labelled], rng: np.random.Generator) -> tuple[list[La
     )
 
 
+def _merge(items: Sequence[Labelled]) -> list[Labelled]:
+    """Count equal answers to a problem, which have equal states and labels, instead of computing each."""
+    merged: dict[tuple[object, ...], Labelled] = {}
+    for item in items:
+        own = item.prefixes
+        key = (own.problem, own.prompt, own.answer, own.positions, own.labels)
+        merged[key] = replace(item, count=merged[key].count + item.count) if key in merged else item
+    return list(merged.values())
+
+
+def _common_tokens(items: Sequence[Prefixes], places: int) -> tuple[int, ...]:
+    """Tokens that several problems have, the commonest if there are many."""
+    problems: dict[int, set[str]] = defaultdict(set)
+    for item in items:
+        for token in (*item.prompt[-places:], *item.answer):
+            problems[token].add(item.problem)
+    common = sorted((t for t in problems if len(problems[t]) >= _FEW_PROBLEMS), key=lambda t: (-len(problems[t]), t))
+    return tuple(sorted(common[:_MOST_TOKENS]))
+
+
 def _initial(
-    architecture: Linear | Mlp | Attention, items: Sequence[Labelled], reads: int, rng: np.random.Generator
+    architecture: Linear | Mlp | Attention, items: Sequence[Labelled], rng: np.random.Generator
 ) -> dict[str, FloatArray]:
     """Weights to begin with: standardisation from the data, the base rate as the bias of the logit."""
     total, squares, count = 0.0, 0.0, 0
     for item in items:
-        rows = item.hidden[max(item.read - reads, 0) :].astype(np.float64)
+        rows = item.hidden.astype(np.float64)
         total, squares, count = total + rows.sum(axis=0), squares + (rows**2).sum(axis=0), count + len(rows)
     mean = np.asarray(total) / count
     std = np.sqrt(np.maximum(np.asarray(squares) / count - mean**2, 0))
@@ -413,56 +444,54 @@ def _initial(
     for name, shape in head_tensors(architecture, len(mean)).items():
         if name == "score_bias":
             tensors[name] = np.array([math.log(rate / (1 - rate))])
-        elif name in ("inner_bias", "distances"):
+        elif name in ("inner_bias", "distances", "finished"):
             tensors[name] = np.zeros(shape)
         elif name not in tensors:
-            scale = 0.1 if name == "places" else 1 / math.sqrt(shape[-1])
+            scale = 0.5 if name in ("places", "tokens") else 1 / math.sqrt(shape[-1])
             tensors[name] = rng.normal(0, scale, shape)
     return {name: array.astype(np.float32) for name, array in tensors.items()}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Answers padded to one length, and their labelled prefixes padded to one number, as tensors."""
+    """Answers as tensors: prompts end in one column, what follows is padded to one length."""
 
     hidden: Any
-    """Shape (answers, length, hidden size)."""
-    half: Any
-    """1 for positions of the answer, 0 for those of the prompt; shape (answers, length)."""
-    place: Any
-    """Counted from the prompt's end in the prompt, from the answer's begin in the answer; shape (answers, length)."""
-    last: Any
-    """Index of the last position of each labelled prefix; shape (answers, prefixes), as the following."""
+    """Of the prompt's last position and the answer, shape (answers, 1 + longest answer, hidden size)."""
+    tokens: Any
+    """Rows of the table of token vectors, shape (answers, longest prompt + longest answer)."""
+    first: Any
+    """Column where each prompt begins, shape (answers,)."""
     position: Any
-    """Tokens of the answer in each."""
+    """Tokens of the answer in each labelled prefix, shape (answers, prefixes), as the following."""
     done: Any
     labels: Any
-    wanted: Any
-    """False for padding."""
+    count: Any
+    """Rollouts with this prefix; 0 is padding."""
 
 
-def collate(items: Sequence[Labelled], reads: int) -> Batch:
-    """Pad answers into tensors; of each prompt the last `reads` positions are taken."""
+def collate(items: Sequence[Labelled], architecture: Linear | Mlp | Attention) -> Batch:
+    """Pad answers into tensors; of each prompt, the tokens that the architecture reads are taken."""
     import torch
 
-    starts = [max(item.read - reads, 0) for item in items]
-    length = max(len(item.hidden) - start for item, start in zip(items, starts, strict=True))
+    reads = architecture.places if isinstance(architecture, Attention) else 1
+    prompts = [item.prefixes.prompt[-reads:] for item in items]
+    longest, answer = max(map(len, prompts)), max(len(item.prefixes.answer) for item in items)
     prefixes = max(len(item.prefixes.positions) for item in items)
-    hidden = np.zeros((len(items), length, items[0].hidden.shape[1]), np.float32)
-    half, place = np.zeros((2, len(items), length), np.int64)
-    last, position = np.zeros((2, len(items), prefixes), np.int64)
-    done, labels, wanted = np.zeros((3, len(items), prefixes), np.float32)
-    for row, (item, start) in enumerate(zip(items, starts, strict=True)):
-        own, read = item.prefixes, item.read - start
-        count, total = len(own.positions), len(item.hidden) - start
-        hidden[row, :total] = item.hidden[start:]
-        half[row, read:] = 1
-        place[row, :read] = np.arange(read)[::-1]
-        place[row, read:] = np.arange(length - read)
+    hidden = np.zeros((len(items), 1 + answer, items[0].hidden.shape[1]), np.float32)
+    tokens = np.zeros((len(items), longest + answer), np.int64)
+    position = np.zeros((len(items), prefixes), np.int64)
+    done, labels, counts = np.zeros((3, len(items), prefixes), np.float32)
+    for row, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
+        own, count = item.prefixes, len(item.prefixes.positions)
+        hidden[row, : len(item.hidden)] = item.hidden
+        if isinstance(architecture, Attention):
+            known = architecture.token_rows((*prompt, *own.answer))
+            tokens[row, longest - len(prompt) : longest + len(own.answer)] = known
         position[row, :count] = own.positions
-        last[row] = read + position[row] - 1
-        done[row, :count], labels[row, :count], wanted[row, :count] = own.done, own.labels, 1
-    arrays = (hidden, half, place, last, position, done, labels, wanted > 0)
+        done[row, :count], labels[row, :count], counts[row, :count] = own.done, own.labels, item.count
+    first = np.array([longest - len(prompt) for prompt in prompts])
+    arrays = (hidden, tokens, first, position, done, labels, counts)
     return Batch(*(torch.from_numpy(array) for array in arrays))
 
 
@@ -475,41 +504,65 @@ def forward(
     drop, p = torch.nn.functional.dropout, parameters
     rows = torch.arange(len(batch.hidden))[:, None]
     done = batch.done[..., None]
+    if isinstance(architecture, Attention):
+        return _transform(architecture, p, batch, dropout) @ p["score"] + p["score_bias"]
+    states = (batch.hidden - p["mean"]) / p["std"]
     if isinstance(architecture, Linear):
-        last = (batch.hidden[rows, batch.last] - p["mean"]) / p["std"]
-        return torch.cat([last, done], dim=-1) @ p["score"] + p["score_bias"]
-    if isinstance(architecture, Mlp):
-        states = drop((batch.hidden - p["mean"]) / p["std"], dropout)
-        sums = torch.cumsum(states * batch.half[..., None], dim=1)[rows, batch.last]
-        features = [states[rows, batch.last], sums / batch.position.clamp(min=1)[..., None], done]
-    else:
-        # states are the bulk: the small matrix is standardised in their stead
-        embed = p["embed"] / p["std"]
-        embedded = batch.hidden @ embed.T - embed @ p["mean"] + _clipped(p["places"], batch.half, batch.place)
-        embedded = drop(embedded, dropout)
-        last = embedded[rows, batch.last]
-        features = [_attend(architecture, p, batch, embedded, last), last, done]
+        return torch.cat([states[rows, batch.position], done], dim=-1) @ p["score"] + p["score_bias"]
+    states = drop(states, dropout)
+    sums = torch.cumsum(states, dim=1)[rows, batch.position] - states[:, :1]
+    features = [states[rows, batch.position], sums / batch.position.clamp(min=1)[..., None], done]
     active = torch.relu(torch.cat(features, dim=-1) @ p["inner"].T + p["inner_bias"])
     return drop(active, dropout) @ p["score"] + p["score_bias"]
 
 
-def _attend(shape: Attention, p: Mapping[str, Any], batch: Batch, embedded: Any, last: Any) -> Any:
-    """What the heads read for each prefix, shape (answers, prefixes, size)."""
+def _transform(shape: Attention, p: Mapping[str, Any], batch: Batch, dropout: float) -> Any:
+    """What the last layer makes of the last position of each prefix, shape (answers, prefixes, size)."""
+    import torch
+
+    length = batch.tokens.shape[1]
+    column, prompt = torch.arange(length), length + 1 - batch.hidden.shape[1]
+    half = (column >= prompt).long()
+    place = torch.where(column < prompt, prompt - 1 - column, column - prompt).clamp(max=shape.places - 1)
+    # states are the bulk: the small matrix is standardised in their stead
+    embed = p["embed"] / p["std"]
+    given = torch.nn.functional.pad(batch.hidden @ embed.T - embed @ p["mean"], (0, 0, prompt - 1, 0))
+    row = torch.nn.functional.dropout(p["tokens"][batch.tokens] + p["places"][half, place] + given, dropout)
+    seen = column >= batch.first[:, None, None]
+    for layer in range(shape.layers - 1):
+        mask = seen & (column <= column[:, None])
+        row = _layer(shape, p, layer, row, row, mask, column[:, None] - column, half, dropout)
+    last = prompt - 1 + batch.position
+    wanted = row[torch.arange(len(row))[:, None], last] + batch.done[..., None] * p["finished"]
+    distance = last[..., None] - column
+    return _layer(shape, p, shape.layers - 1, wanted, row, seen & (distance >= 0), distance, half, dropout)
+
+
+def _layer(
+    shape: Attention,
+    p: Mapping[str, Any],
+    layer: int,
+    row: Any,
+    memory: Any,
+    mask: Any,
+    distance: Any,
+    half: Any,
+    dropout: float,
+) -> Any:
+    """One layer for the positions `row`, which attend to those of `memory` that `mask` leaves."""
     import torch
 
     def heads(tensor: Any, name: str) -> Any:
-        return (tensor @ p[name].T).unflatten(-1, (shape.heads, -1)).transpose(1, 2)
+        return (tensor @ p[name][layer].T).unflatten(-1, (shape.heads, -1)).transpose(1, 2)
 
-    query, key, value = heads(last, "query"), heads(embedded, "key"), heads(embedded, "value")
-    distance = batch.last[:, :, None] - torch.arange(embedded.shape[1])
-    bias = p["distances"][:, batch.half[:, None], distance.clamp(0, shape.distances - 1)].transpose(0, 1)
-    scores = query @ key.transpose(-1, -2) / math.sqrt(shape.size // shape.heads) + bias
-    scores = scores.masked_fill((distance < 0)[:, None], -math.inf)
-    return (scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
-
-
-def _clipped(table: Any, half: Any, place: Any) -> Any:
-    return table[half, place.clamp(max=table.shape[1] - 1)]
+    bias = p["distances"][layer][:, half, distance.clamp(0, shape.distances - 1)]
+    bias = bias.transpose(0, 1) if bias.ndim == 4 else bias
+    scores = heads(row, "query") @ heads(memory, "key").transpose(-1, -2) / math.sqrt(shape.size // shape.heads) + bias
+    # padding sees nothing, and must not be NaN
+    scores = scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min)
+    found = (scores.softmax(dim=-1) @ heads(memory, "value")).transpose(1, 2).flatten(2)
+    active = torch.relu(torch.cat([found, row], dim=-1) @ p["inner"][layer].T + p["inner_bias"][layer])
+    return row + torch.nn.functional.dropout(active, dropout) @ p["outer"][layer].T
 
 
 # --- trunks of their own
@@ -557,7 +610,7 @@ def train_adapter(
             model = peft.get_peft_model(load_model(checkpoint), config)
             trunk = model.get_base_model().base_model
             sample = [_states(trunk, items[index]) for index in rng.permutation(len(items))[: 8 * batch]]
-            tensors = _initial(Linear(), sample, 1, rng)
+            tensors = _initial(Linear(), sample, rng)
             tensors["score"][:] = 0
             head = {name: torch.from_numpy(array) for name, array in tensors.items()}
             own = [head[name].requires_grad_() for name in ("score", "score_bias")]

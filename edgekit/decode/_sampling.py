@@ -12,6 +12,8 @@ from edgekit.errors import InputError
 
 _LIKELY = 1e-4
 """Tokens at least this likely, relative to the likeliest, nearly always hold what top-p asks for."""
+_SMALLEST = float(np.finfo(np.float32).smallest_subnormal)
+"""Tokens with less have no weight."""
 
 
 @dataclass(frozen=True)
@@ -66,24 +68,29 @@ class Sampling:
         weights = np.exp((logits - peak) / np.float32(self.temperature), dtype=np.float32)
         if self.top_n_sigma:
             weights[logits < peak - self.top_n_sigma * logits.std()] = 0
-        tokens = np.flatnonzero(weights)
-        if self.top_k and self.top_k < len(tokens):
-            tokens = tokens[np.argpartition(weights[tokens], -self.top_k)[-self.top_k :]]
+        # most laws keep few of many tokens: indices of them all are made only where they are needed
+        tokens = None
+        if 0 < self.top_k < len(weights):
+            tokens = np.argpartition(weights, -self.top_k)[-self.top_k :]
+            tokens = tokens[weights[tokens] > 0]
         if self.top_p < 1:
             tokens = _nucleus(weights, tokens, self.top_p)
-        if self.min_p:
-            tokens = tokens[weights[tokens] >= self.min_p]
+        if self.min_p or tokens is None:
+            least = max(self.min_p, _SMALLEST)
+            tokens = np.flatnonzero(weights >= least) if tokens is None else tokens[weights[tokens] >= least]
         return Law(tokens, np.cumsum(weights[tokens], dtype=np.float64))
 
 
-def _nucleus(weights: FloatArray, tokens: npt.NDArray[np.intp], share: float) -> npt.NDArray[np.intp]:
-    """The fewest of the tokens that hold at least a share of their mass."""
-    wanted = share * weights[tokens].sum(dtype=np.float64)
+def _nucleus(weights: FloatArray, tokens: npt.NDArray[np.intp] | None, share: float) -> npt.NDArray[np.intp]:
+    """The fewest of the tokens, or of all, that hold at least a share of their mass."""
+    held = weights if tokens is None else weights[tokens]
+    wanted = share * held.sum(dtype=np.float64)
     # sorting the whole vocabulary would cost more than a small model's forward pass
-    likely = tokens[weights[tokens] >= _LIKELY]
-    for some in (likely, tokens):
-        ordered = some[np.argsort(-weights[some], kind="stable")]
-        mass = np.cumsum(weights[ordered], dtype=np.float64)
+    for least in (_LIKELY, _SMALLEST):
+        places = np.flatnonzero(held >= least)
+        places = places[np.argsort(-held[places], kind="stable")]
+        mass = np.cumsum(held[places], dtype=np.float64)
         if len(mass) and mass[-1] >= wanted:
             break
-    return ordered[: int(np.searchsorted(mass, wanted)) + 1]
+    chosen = places[: int(np.searchsorted(mass, wanted)) + 1]
+    return chosen if tokens is None else tokens[chosen]

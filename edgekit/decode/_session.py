@@ -85,7 +85,7 @@ class Session:
         self._engine = engine
         self._limits = engine.capabilities
         self._verifier = verifier
-        self._reads = 0 if verifier is None else verifier.reads
+        self._reads = verifier is not None and verifier.reads
         if self._reads and not self._limits.hidden_states:
             raise InputError("an engine that gives hidden states to the verifier", "one that does not", "build again")
         self._traffic = Traffic() if traffic is None else traffic
@@ -124,7 +124,7 @@ class Session:
             wanted = f"a prompt shorter than the context of {self._limits.context_tokens} tokens"
             raise InputError(wanted, f"{len(prompt)} tokens", "shorten it, or build with a longer --context")
         node = Node(tuple(prompt), None)
-        output = self._compute(node, min(self._reads, len(prompt)))
+        output = self._compute(node, hidden_states=self._reads)
         if self._verifier is not None:
             node.state = self._verifier.begin(node.prompt, None if output is None else output.hidden)
         return node
@@ -162,7 +162,7 @@ class Session:
                 waiting = [growth for growth in growths if len(growth.tokens) > growth.first]
                 entries = [Entry(g.taken.sequence, token) for g in waiting for token in g.tokens[g.first :]]
                 if entries:
-                    self._take_rows(self._step(entries, [g.taken for g in waiting], self._reads > 0), waiting)
+                    self._take_rows(self._step(entries, [g.taken for g in waiting], self._reads), waiting)
                 found += [growth.node(self._extend(growth)) for growth in growths]
             finally:
                 for growth in growths:
@@ -239,17 +239,16 @@ class Session:
             for growth in growths:
                 self._close(growth)
 
-    def _compute(self, node: Node, hidden_rows: int = 0) -> StepOutput | None:
-        """Make the logits after a node known; None where the cache has them and no hidden states are asked for."""
+    def _compute(self, node: Node, *, hidden_states: bool = False) -> StepOutput | None:
+        """Make the logits after a node known; None where the cache has them and no hidden state is asked for."""
         path = [*node.prompt, *node.tokens]
-        if self._cache.holds(path) and not hidden_rows:
+        if self._cache.holds(path) and not hidden_states:
             return None
-        # a verifier also reads positions that another prompt computed before
-        taken = self._cache.take(path[: len(path) - hidden_rows], hidden_rows)
-        first = len(path) - max(1, hidden_rows)
-        places = range(taken.known, len(path))
-        entries = [Entry(taken.sequence, path[place], wants_logits=place >= first) for place in places]
-        output = self._step(entries, [taken], hidden_rows > 0)
+        # a verifier reads the last position even where another prompt computed it before
+        taken = self._cache.take(path[: len(path) - hidden_states], int(hidden_states))
+        last = len(path) - 1
+        entries = [Entry(taken.sequence, path[i], wants_logits=i == last) for i in range(taken.known, len(path))]
+        output = self._step(entries, [taken], hidden_states)
         self._cache.give(taken, path, output.logits[-1])
         return output
 
@@ -287,7 +286,7 @@ class Session:
                 waiting.append(growth)
         if not entries:
             return
-        self._take_rows(self._step(entries, [growth.taken for growth in waiting], self._reads > 0), waiting)
+        self._take_rows(self._step(entries, [growth.taken for growth in waiting], self._reads), waiting)
 
     def _take_rows(self, output: StepOutput, stepped: Sequence[_Growth]) -> None:
         """Note what a step computed: the tokens of each growth that its sequence did not hold, in their order."""

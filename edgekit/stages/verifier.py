@@ -39,7 +39,7 @@ class Params(StageParams):
         return (find_engine(self.engine).DISTRIBUTION,)
 
 
-@stage(version=1, takes=runnable(), gives="verifier", also=("companion", "checkpoint"), tools=("torch",), reports=True)
+@stage(version=2, takes=runnable(), gives="verifier", also=("companion", "checkpoint"), tools=("torch",), reports=True)
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Judge the verifier's held-out answers by the states of this model, calibrate it, and store it."""
     directory = ctx.side["companion"].path
@@ -50,7 +50,7 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     if not isinstance(head, Head) or not heldout:
         raise InputError(f"a head with held-out answers in {directory}", "none", "edgekit train verifier")
     calibration, metrics = _judge(params.engine, model, heldout, head, params, ctx)
-    calibrated = Head(head.architecture, head.tensors, reads=head.reads, calibration=calibration)
+    calibrated = Head(head.architecture, head.tensors, calibration=calibration)
     save_verifier(
         out,
         calibrated,
@@ -83,7 +83,7 @@ def _judge(
     longest = max(len(item.prompt) + len(item.answer) for item in heldout)
     options = EngineOptions(context_tokens=longest + 2, sequences=8, fall_back=True)
     with find_engine(engine).open_model(model.model_path, options) as opened:
-        return judge(head, read_states(opened, heldout, head.reads), calibration=params.calibration)
+        return judge(head, read_states(opened, heldout), calibration=params.calibration)
 
 
 def _measurements(metrics: dict[str, Metric], suffix: str) -> list[Measurement]:
