@@ -35,7 +35,7 @@ from edgekit.engines.llama_cpp import LlamaCpp, open_model
 from edgekit.measure.memory import peak_rss_bytes
 from edgekit.measurement import median_interval, share_interval
 from edgekit.tasks import Problem, Task, find_task
-from edgekit.verifier import WEIGHTS, Constant, RandomVerifier, Verifier, load_verifier
+from edgekit.verifier import WEIGHTS, Constant, RandomVerifier, Verifier, load_head
 
 SAMPLING = Sampling(0.7, top_p=0.95)
 TREES = ("beam", "rebase", "mcts", "vgb")
@@ -585,7 +585,7 @@ def main() -> None:
     options = Options(
         sampling=SAMPLING, stop=task.stop, max_tokens=task.max_tokens, answer=task.answer, block_tokens=block
     )
-    manifest, verifier = load_verifier(arguments.verifier)
+    manifest, verifier = load_head(arguments.verifier)
     setting = Setting(
         arguments.model, arguments.verifier, verifier, task, arguments.tokenizer or arguments.model.parent,
         task.problems("test", arguments.problems), sorted(arguments.candidates), arguments.threads, options,

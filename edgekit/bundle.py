@@ -39,7 +39,7 @@ from edgekit.report import Report
 from edgekit.report.write import write_report
 from edgekit.store import explain_disk, require_writable
 from edgekit.tools import copy_file, tool_version
-from edgekit.verifier import Verifier, load_verifier
+from edgekit.verifier import Verifier
 
 M = TypeVar("M", bound=Strict)
 
@@ -206,10 +206,18 @@ def open_engine(bundle: Bundle, threads: int | None = None, candidates: int = 1)
     return Prefixed(engine, loaded)
 
 
-def open_verifier(bundle: Bundle) -> Verifier | None:
-    """The bundle's verifier, or None where it has none. Raises InputError when it is damaged."""
-    name = bundle.settings.verifier
-    return None if name is None else load_verifier(bundle.path / name)[1]
+def open_verifier(
+    bundle: Bundle, engine: Engine, threads: int | None = None
+) -> contextlib.AbstractContextManager[Verifier | None]:
+    """The bundle's verifier beside its open model, for a `with`; None where it has none.
+
+    Raises InputError when it is damaged.
+    """
+    if bundle.settings.verifier is None:
+        return contextlib.nullcontext()
+    return edgekit.verifier.open_verifier(
+        bundle.path / bundle.settings.verifier, engine, bundle.settings.options(threads)
+    )
 
 
 def _read(path: Path, model: type[M]) -> M:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from edgekit.artifact import Artifact, Manifest, describe_files
 from edgekit.errors import InputError
+from edgekit.model import ModelShape, model_shape, resolve_model
 from edgekit.tasks import find_task
-from edgekit.verifier import MANIFEST, VerifierManifest, verify_files
+from edgekit.verifier import MANIFEST, MODEL_DIRECTORY, VerifierManifest, verify_files
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,24 @@ class Companion:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its weights."""
+        """Bytes of its weights, as they were trained."""
         return sum(file.bytes for name, file in self.manifest.files.items() if name.endswith(".safetensors"))
+
+    @property
+    def has_trunk(self) -> bool:
+        """Whether it computes hidden states of its own."""
+        return self.manifest.kind != "head"
+
+    def trunk_shape(self) -> ModelShape | None:
+        """Dimensions of the model that it brings; None where it reads the base."""
+        if self.manifest.kind != "model":
+            return None
+        return model_shape(resolve_model(str(self.artifact.path / MODEL_DIRECTORY)).artifact)
 
 
 def resolve_verifier(directory: Path) -> Companion:
     """Read a verifier's manifest and hash its files. Raises InputError for a damaged one."""
     manifest = verify_files(directory)
-    if manifest.kind != "head":
-        found = f"one of the kind {manifest.kind} in {directory}, which has a trunk of its own"
-        raise InputError("a verifier that reads the base's states", found, "edgekit train verifier")
     files = describe_files(directory, [MANIFEST, *manifest.files])
     facts = {"kind": manifest.kind, "domains": list(manifest.domains), "architecture": manifest.architecture.name}
     return Companion(Artifact(directory, Manifest(kind="companion", files=files, facts=facts)), manifest)
@@ -48,8 +57,11 @@ def check_verifier(companion: Companion, base_digest: str, engine: str, tasks: S
             f"one for {trunk.name} ({trunk.source_digest[:12]}...)",
             "edgekit train verifier MODEL, with the same adapters",
         )
+    if companion.has_trunk and engine != "llama_cpp":
+        wanted = f"a recipe for llama.cpp, which runs the {companion.manifest.kind} of this verifier"
+        raise InputError(wanted, f"one for {engine}", "--recipe gguf-q4, or train a head")
     notes = []
-    if trunk.engine != engine:
+    if trunk.engine != engine and not companion.has_trunk:
         notes.append(f"The verifier was trained on the states that {trunk.engine} gives; this bundle runs on {engine}.")
     domains = companion.manifest.domains
     if unseen := [name for name in tasks if name not in domains]:

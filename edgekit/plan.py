@@ -20,7 +20,7 @@ from edgekit.measure.strategies import StrategyRow
 from edgekit.measurement import Measurement
 from edgekit.model import ModelShape, Source, model_shape
 from edgekit.predict.latency import predict_answer, predict_latency
-from edgekit.predict.memory import MemoryPlan, kv_cache_bytes, plan_memory
+from edgekit.predict.memory import MemoryPlan, compute_buffer_bytes, kv_cache_bytes, plan_memory
 from edgekit.recipe import Gate, Recipe
 from edgekit.stage import Stage, StageParams, Tensor, find_stage
 from edgekit.store import Record, Store
@@ -182,7 +182,8 @@ def make_plan(
         _check_texts(step, shape)
     tensors, fallbacks = _predict_tensors(shape, target, steps, result)
     weight_bytes = sum(t.nbytes for t in tensors)
-    memory = plan_memory(shape, weight_bytes, target.memory.usable_bytes.value, context, kv_type)
+    beside = 0 if companion is None else _companion_bytes(companion, shape, target, steps, context, kv_type)
+    memory = plan_memory(shape, weight_bytes, target.memory.usable_bytes.value, context, kv_type, beside)
     plan = Plan(
         source=source,
         adapters=tuple(adapters),
@@ -244,6 +245,7 @@ def check_fit(plan: Plan, *, documented: bool = False) -> None:
     raise DoesNotFit(
         f"at most {memory.usable_bytes // mib} MiB of usable memory on {plan.target.name}",
         f"{-(-memory.required_bytes // mib)} MiB needed (weights {memory.weight_bytes // mib}, "
+        f"{f'companion {memory.companion_bytes // mib}, ' if plan.companion else ''}"
         f"KV cache {memory.kv_cache_bytes // mib} at {plan.context_tokens} tokens, "
         f"buffers {memory.compute_buffer_bytes // mib}, margin {memory.margin_bytes // mib})",
         "; or ".join(what_fits(plan)) or "choose a smaller model or a larger target",
@@ -270,7 +272,7 @@ def what_fits(plan: Plan) -> list[str]:
     usable = plan.memory.usable_bytes
 
     def fits(weight_bytes: int, context: int, kv_type: str) -> bool:
-        return plan_memory(plan.shape, weight_bytes, usable, context, kv_type).fits
+        return plan_memory(plan.shape, weight_bytes, usable, context, kv_type, plan.memory.companion_bytes).fits
 
     for kv_type in find_engine(plan.recipe.engine).KV_TYPES[1:]:
         if fits(plan.weight_bytes, plan.context_tokens, kv_type):
@@ -397,6 +399,25 @@ def _predict_tensors(
     return tensors, notes
 
 
+def _companion_bytes(
+    companion: Companion, shape: ModelShape, target: Target, steps: Sequence[Step], context_tokens: int, kv_type: str
+) -> int:
+    """Weights of a verifier as the device holds them, and cache and buffers of a trunk of its own."""
+    if not companion.has_trunk:
+        return companion.nbytes
+    if (model := companion.trunk_shape()) is None:
+        # a LoRA stays as it was trained
+        weights, own = companion.nbytes, shape
+    else:
+        quantizer = next(step for step in steps if step.stage.gives == "trunk")
+        tensors, _ = find_stage("gguf").predict(
+            model.tensors, quantizer.params, frozenset(), shape=model, target=target
+        )
+        weights, own = sum(tensor.nbytes for tensor in tensors), model
+    cache = kv_cache_bytes(own, context_tokens, kv_type)
+    return weights + cache + compute_buffer_bytes(own, context_tokens)
+
+
 def _predictions(
     target: Target,
     shape: ModelShape,
@@ -407,6 +428,7 @@ def _predictions(
 ) -> list[Measurement]:
     sizes = {
         "weight_bytes": memory.weight_bytes,
+        "companion_bytes": memory.companion_bytes,
         "kv_cache_bytes": memory.kv_cache_bytes,
         "compute_buffer_bytes": memory.compute_buffer_bytes,
         "required_bytes": memory.required_bytes,
@@ -415,6 +437,7 @@ def _predictions(
     exact = [
         Measurement(name=name, value=value, unit="bytes", kind="predicted", device=target.name)
         for name, value in sizes.items()
+        if name != "companion_bytes" or value
     ]
     return exact + predict_latency(target, shape, tensors, context_tokens, kv_type)
 

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import NonNegativeInt, PositiveInt, ValidationError
 
 from edgekit.config import Strict
-from edgekit.engine import Capabilities, Closing, Engine, Entry, FloatArray, StepOutput
+from edgekit.engine import Capabilities, Closing, Engine, EngineOptions, Entry, FloatArray, StepOutput
 from edgekit.errors import InputError
 
 FILE_NAME = "prefix.state"
@@ -193,6 +193,11 @@ class Prefixed(Closing):
     def capabilities(self) -> Capabilities:
         """The engine's, less what the prefix takes."""
         return self._capabilities
+
+    def adapted(self, adapter: Path, options: EngineOptions) -> Engine:
+        """Open a LoRA beside the model, as the engine does; its sequences begin with nothing."""
+        opened: Engine = self._engine.adapted(adapter, options)  # type: ignore[attr-defined]
+        return opened
 
     @property
     def loaded(self) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from edgekit.adapter import PREPENDED, Adapter
+from edgekit.companion import Companion
 from edgekit.config import Document, Strict, explain
 from edgekit.decode import needs_verifier
 from edgekit.engines import engine_names, find_engine
@@ -106,14 +107,14 @@ def find_recipe(
     overrides: Overrides | None = None,
     adapters: Sequence[Adapter] = (),
     *,
-    verifier: bool = False,
+    companion: Companion | None = None,
     tasks: Sequence[str] = (),
 ) -> Recipe:
     """Load a recipe by name or path, make room for what goes with the model, and apply `--set STAGE.PARAM=VALUE`.
 
-    A verifier adds the stage `verifier` at the end, and tasks add `strategies` after it.
-    An adapter that can be merged adds `merge` after the import; one that acts like a prompt, and an override of
-    `prefix`, adds `prefix` at the end. A recipe that names these stages itself keeps them where they are.
+    A companion adds the stage `verifier` at the end, after `trunk` where it has one of its own, and tasks add
+    `strategies` after it. An adapter that can be merged adds `merge` after the import; one that acts like a prompt,
+    and an override of `prefix`, adds `prefix` at the end. A recipe that names these stages itself keeps them.
 
     Raises InputError that lists every problem at once with its file and line.
     """
@@ -127,7 +128,7 @@ def find_recipe(
     overrides = overrides or {}
     begins = any(stage == "prefix" for stage, _ in overrides)
     recipe = _with_adapters(_resolve(Document(path)), adapters, begins)
-    return _override(_with_companion(recipe, verifier, tasks), overrides)
+    return _override(_with_companion(recipe, companion, tasks), overrides)
 
 
 def _with_adapters(recipe: Recipe, adapters: Sequence[Adapter], begins: bool) -> Recipe:
@@ -148,14 +149,16 @@ def _with_adapters(recipe: Recipe, adapters: Sequence[Adapter], begins: bool) ->
     return replace(recipe, stages=tuple(stages))
 
 
-def _with_companion(recipe: Recipe, verifier: bool, tasks: Sequence[str]) -> Recipe:
+def _with_companion(recipe: Recipe, companion: Companion | None, tasks: Sequence[str]) -> Recipe:
     stages = list(recipe.stages)
-    if verifier:
+    if companion is not None and companion.has_trunk:
+        stages.append(((trunk := find_stage("trunk")), trunk.params()))
+    if companion is not None:
         stages.append(((judging := find_stage("verifier")), judging.params()))
     if tasks:
         choosing = find_stage("strategies")
         params = choosing.params.model_validate({"tasks": tuple(tasks)})
-        if not verifier:
+        if companion is None:
             names = tuple(name for name in params.names if not needs_verifier(name))  # type: ignore[attr-defined]
             params = params.model_copy(update={"names": names})
         stages.append((choosing, params))

@@ -15,8 +15,9 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
@@ -25,11 +26,16 @@ import numpy.typing as npt
 from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
 
 from edgekit.config import M, Strict
-from edgekit.engine import Closing, Engine, Entry, FloatArray
+from edgekit.engine import Closing, Engine, EngineOptions, Entry, FloatArray
+from edgekit.engines import find_engine
 from edgekit.errors import InputError
 from edgekit.formats.safetensors import read_arrays, write_arrays
 
 MANIFEST, WEIGHTS, HELDOUT = "verifier.json", "verifier.safetensors", "heldout.jsonl.gz"
+TRUNK = "trunk.gguf"
+"""A LoRA of the base, or a model, for a verifier with a trunk of its own: what llama.cpp opens."""
+ADAPTER_DIRECTORY, MODEL_DIRECTORY = "adapter", "model"
+"""Where a verifier that was trained, and not built yet, has them."""
 MAX_MANIFEST_BYTES = 4 << 20
 MAX_WEIGHT_BYTES = 256 << 20
 MAX_HELDOUT_BYTES = 64 << 20
@@ -42,8 +48,25 @@ State = Any
 """What a verifier remembers of a prefix; immutable, so that two continuations may share it."""
 
 
+class Work(NamedTuple):
+    """What a verifier has computed beside the base since it was opened."""
+
+    tokens: int = 0
+    """Positions that its own trunk has computed."""
+    bytes_moved: int = 0
+    """Weights that were read for them."""
+
+
+_NO_WORK = Work()
+
+
 class Verifier(Protocol):
     """V(prefix) = P(the finished answer is right)."""
+
+    @property
+    def work(self) -> Work:
+        """What its own trunk has computed; nothing where it has none."""
+        ...
 
     @property
     def reads(self) -> bool:
@@ -72,6 +95,7 @@ class Constant:
 
     value: float = 0.5
     reads: bool = False
+    work: Work = _NO_WORK
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
         """Nothing is remembered."""
@@ -92,6 +116,7 @@ class RandomVerifier:
 
     seed: int
     reads: bool = False
+    work: Work = _NO_WORK
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
         """Remember the tokens."""
@@ -286,6 +311,8 @@ class VerifierManifest(Strict):
     schema_version: Literal[1] = 1
     kind: Literal["head", "adapter", "model"]
     """Reads the base's states; those of the base with a LoRA; those of a model of its own."""
+    reads_text: bool = False
+    """A model of its own whose tokenizer is not the base's: it is given the text."""
     architecture: Architecture
     hidden_size: int = Field(ge=1, le=1 << 16)
     layer: Literal["last"] = "last"
@@ -367,6 +394,11 @@ class Head:
     def reads(self) -> bool:
         """It does."""
         return True
+
+    @property
+    def work(self) -> Work:
+        """Nothing but the head."""
+        return Work()
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
         """Read the prompt and the state of its last position, shape (1, hidden size); an empty one may have None."""
@@ -607,15 +639,23 @@ class OwnTrunk(Closing):
     are taken in the order of their tokens, so that neighbours share most. Closing it closes the engine.
     """
 
-    def __init__(self, engine: Engine, head: Head, *, to_text: Callable[[Sequence[int]], str] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        head: Head,
+        *,
+        to_text: Callable[[Sequence[int]], str] | None = None,
+        weight_bytes: int = 0,
+    ) -> None:
         """`to_text` turns the base's tokens into text for a model whose tokenizer is another one.
 
-        The text is tokenized with its control tokens, which a chat template needs. Raises InputError for an engine
-        without hidden states.
+        The text is tokenized with its control tokens, which a chat template needs. `weight_bytes` are what a step of
+        the engine reads. Raises InputError for an engine without hidden states.
         """
         if not engine.capabilities.hidden_states:
             raise InputError("an engine with hidden states", "one without", "open the verifier with another engine")
         self._engine, self._head, self._to_text = engine, head, to_text
+        self._weight_bytes, self._work = weight_bytes, Work()
         self._sequence: int | None = None
         self._held: tuple[int, ...] = ()
 
@@ -623,6 +663,11 @@ class OwnTrunk(Closing):
     def reads(self) -> bool:
         """Not those of the base."""
         return False
+
+    @property
+    def work(self) -> Work:
+        """What the trunk has computed."""
+        return self._work
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
         """Remember the tokens."""
@@ -634,9 +679,14 @@ class OwnTrunk(Closing):
 
     def values(self, states: Sequence[State], done: Sequence[bool]) -> FloatArray:
         """Step what the engine has not seen and read the last position of each state."""
+        read = [self._head.extend(self._head.begin((), None), [0], row[None]) for row in self.hidden(states)]
+        return self._head.values(read, done)
+
+    def hidden(self, states: Sequence[State]) -> FloatArray:
+        """Hidden states of the trunk at the last position of each state, shape (states, hidden size)."""
         wanted = [self._own_tokens(state) for state in states]
         read = {tokens: self._read(tokens) for tokens in sorted(set(wanted))}
-        return self._head.values([read[tokens] for tokens in wanted], done)
+        return np.stack([read[tokens] for tokens in wanted])
 
     def close(self) -> None:
         """Free the model."""
@@ -648,7 +698,7 @@ class OwnTrunk(Closing):
             raise InputError("at least one token to score", "an empty prefix", "give a prompt")
         return tuple(tokens)
 
-    def _read(self, tokens: tuple[int, ...]) -> State:
+    def _read(self, tokens: tuple[int, ...]) -> FloatArray:
         pairs = zip(self._held, tokens[:-1], strict=False)
         shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(self._held), len(tokens) - 1))
         grows = shared == len(self._held)
@@ -658,7 +708,10 @@ class OwnTrunk(Closing):
         entries = [Entry(sequence, token, wants_logits=False) for token in tokens[self._engine.length(sequence) : -1]]
         output = self._engine.step([*entries, Entry(sequence, tokens[-1])], hidden_states=True)
         self._held = tokens
-        return self._head.extend(self._head.begin((), None), tokens[-1:], output.hidden)
+        self._work = Work(self._work.tokens + len(entries) + 1, self._work.bytes_moved + self._weight_bytes)
+        assert output.hidden is not None
+        last: FloatArray = output.hidden[0]
+        return last
 
     def _rewind(self, length: int) -> None:
         """Make the sequence hold the first `length` tokens of what it holds."""
@@ -684,6 +737,7 @@ def save_verifier(
     metrics: Mapping[str, Metric],
     heldout: Sequence[Prefixes] = (),
     kind: Literal["head", "adapter", "model"] = "head",
+    reads_text: bool = False,
     files: Sequence[str] = (),
 ) -> VerifierManifest:
     """Write a verifier; matrices are rounded to float16, vectors stay float32. Equal contents give equal bytes.
@@ -702,6 +756,7 @@ def save_verifier(
         names.append(HELDOUT)
     manifest = VerifierManifest(
         kind=kind,
+        reads_text=reads_text,
         architecture=head.architecture,
         hidden_size=head.hidden_size,
         trunk=trunk,
@@ -715,12 +770,9 @@ def save_verifier(
     return manifest
 
 
-def load_verifier(
-    directory: Path, engine: Engine | None = None, *, to_text: Callable[[Sequence[int]], str] | None = None
-) -> tuple[VerifierManifest, Verifier]:
+def load_head(directory: Path) -> tuple[VerifierManifest, Head]:
     """Read a verifier's directory; it is not trusted.
 
-    `engine` has the trunk of a verifier of the kinds `adapter` and `model`; `to_text` is as in `OwnTrunk`.
     Raises InputError when a file is missing, damaged, too large or not what the manifest says.
     """
     manifest = read_manifest(directory)
@@ -728,12 +780,33 @@ def load_verifier(
     weights = read_arrays(directory / WEIGHTS, MAX_WEIGHT_BYTES)
     if (found := weights["mean"].shape if "mean" in weights else ()) != (manifest.hidden_size,):
         raise _damaged(directory / WEIGHTS, f"a mean of shape ({manifest.hidden_size},)", f"shape {found}")
-    head = Head(manifest.architecture, weights, calibration=manifest.calibration)
+    return manifest, Head(manifest.architecture, weights, calibration=manifest.calibration)
+
+
+@contextmanager
+def open_verifier(directory: Path, base: Engine, options: EngineOptions) -> Iterator[Verifier]:
+    """Open a verifier beside the model that it is for, until the block ends.
+
+    One with a trunk of its own opens it in llama.cpp: a LoRA over the weights of `base`, or a model. `options` are
+    those that the base was opened with; the trunk needs one sequence. Raises InputError as `load_head` does, and for
+    a base that cannot have an adapter beside it.
+    """
+    manifest, head = load_head(directory)
     if manifest.kind == "head":
-        return manifest, head
-    if engine is None:
-        raise InputError(f"an engine for the {manifest.kind} of {directory}", "none", "open its trunk first")
-    return manifest, OwnTrunk(engine, head, to_text=to_text)
+        yield head
+        return
+    path = directory / TRUNK
+    if TRUNK not in manifest.files:
+        raise InputError(f"a built verifier, with {TRUNK}", f"one as it was trained in {directory}", "edgekit build")
+    _check(directory, manifest, TRUNK)
+    own = replace(options, sequences=1, total_tokens=None)
+    opens = find_engine("llama_cpp").open_model if manifest.kind == "model" else getattr(base, "adapted", None)
+    if opens is None:
+        raise InputError("llama.cpp, which runs a LoRA beside the base", type(base).__name__, "build a GGUF recipe")
+    to_text = (lambda tokens: base.detokenize(tokens).decode("utf-8", "replace")) if manifest.reads_text else None
+    engine: Any = opens(path, own)
+    with OwnTrunk(engine, head, to_text=to_text, weight_bytes=engine.weight_bytes) as trunk:
+        yield trunk
 
 
 def read_manifest(directory: Path) -> VerifierManifest:

@@ -28,7 +28,7 @@ from edgekit.decode import (
 from edgekit.decode._vote import vote
 from edgekit.decode.rebase import allocate
 from edgekit.errors import InputError
-from edgekit.verifier import Constant, RandomVerifier
+from edgekit.verifier import Constant, RandomVerifier, Work
 
 CHOICES = (Choice(0.5, "weighted", 3), Choice(1, "vgb", 4))
 FREE = Sampling(temperature=1)
@@ -47,6 +47,7 @@ class Oracle:
     """A verifier whose values are a function of the answer's tokens."""
 
     reads = False
+    work = Work()
 
     def __init__(self, value: Any) -> None:
         self.value, self.calls = value, 0

@@ -89,7 +89,8 @@ def test_a_verifier_says_what_it_read_what_it_saw_and_what_it_cost(pair: Pair, b
 def test_the_bundle_has_the_verifier_its_strategy_and_the_curve(pair: Pair) -> None:
     bundle = open_bundle(pair.bundle)
     bundle.verify()
-    assert isinstance(open_verifier(bundle), Head)
+    with open_engine(bundle) as engine, open_verifier(bundle, engine) as verifier:
+        assert isinstance(verifier, Head)
     report = json.loads((pair.bundle / "report.json").read_text())
     rows = report["strategies"]
     chosen = [row for row in rows if row["chosen"]]
@@ -171,19 +172,70 @@ def test_another_quantization_of_the_model_gives_states_of_its_own(pair: Pair, b
     """What the stage judges by: the shipped model's states, not those the verifier was trained on."""
     items = read_heldout(pair.verifier)[:6]
     with open_engine(open_bundle(pair.bundle), candidates=4) as engine:
-        (one, *_) = read_states(engine, items, 4)
-    assert one.hidden.shape == (min(4, len(items[0].prompt)) + len(items[0].answer), 256)
+        (one, *_) = read_states(engine, items)
+    assert one.hidden.shape == (1 + len(items[0].answer), 256)
     options = EngineOptions(context_tokens=512, sequences=4)
     with find_engine("llama_cpp").open_model(bundles.model, options) as engine:
         found = collect(
             engine, find_task(pair.task), find_task(pair.task).problems("train", 4), pair.bundle, samples=4,
             options=Options(seed=1),
         )  # fmt: skip
-        again = read_states(engine, [item.prefixes for item in found.answers], 4)
+        again = read_states(engine, [item.prefixes for item in found.answers])
     for drawn, read in zip(found.answers, again, strict=True):
         # a batch rounds its 8-bit activations otherwise
         distance = np.linalg.norm(drawn.hidden.astype(np.float32) - read.hidden.astype(np.float32))
         assert distance < 0.05 * np.linalg.norm(drawn.hidden.astype(np.float32))
+
+
+# --- trunks of their own
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adapter", "model"])
+def test_a_verifier_with_a_trunk_of_its_own_goes_the_same_way(
+    kind: str, task: str, bundles: Any, tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(bundles.store.root))
+    model = (str(tiny_hf), "--target", "jetson", *tiny.QUICK)
+    reward = tmp_path / "reward"
+    if kind == "model":
+        tiny.write_reward_model(reward, tiny_hf, 1, "sequence")
+    trained = tiny.edgekit(
+        "train", "verifier", *model, "--task", task, "--out", tmp_path / "verifier", "--problems", "6", "--heldout",
+        "6", "--samples", "4", "--threads", "1", "--kind", kind, "--json",
+        *(("--reward-model", reward) if kind == "model" else ()),
+    )  # fmt: skip
+    assert trained.code == 0, trained.stderr
+    manifest = read_manifest(tmp_path / "verifier")
+    assert manifest.kind == kind
+    assert not manifest.reads_text  # the tokenizers are the same
+    planned = tiny.edgekit("plan", *model, "--verifier", tmp_path / "verifier", "--json")
+    memory = planned.json["targets"][0]["memory"]
+    built = tiny.edgekit(
+        "build", *model, *CUTS, "--set", "verifier.problems=3", "--verifier", tmp_path / "verifier", "--out",
+        tmp_path / "dist", "--json",
+    )  # fmt: skip
+    assert built.code == 0, built.stderr
+    bundle = open_bundle(tmp_path / "dist" / "jetson-orin-nano-super")
+    bundle.verify()
+    shipped = bundle.path / "verifier"
+    assert sorted(path.name for path in shipped.iterdir()) == [
+        "heldout.jsonl.gz", "trunk.gguf", "verifier.json", "verifier.safetensors"
+    ]  # fmt: skip
+    # cache and buffers of the second context are in the plan
+    assert memory["companion_bytes"] > (shipped / "trunk.gguf").stat().st_size + memory["kv_cache_bytes"]
+    report = json.loads((bundle.path / "report.json").read_text())
+    assert {"verifier_auc", "verifier_auc_source"} <= {m["name"] for m in report["measurements"]}
+    walks = [row for row in report["strategies"] if row["verifier"] == "trained"]
+    assert all(row["verifier_tokens"] > 0 for row in walks)
+    command = ("run", bundle.path, PROMPTS[0], "--raw", "--strategy", "best-of-n", "--candidates", "3", "--max-tokens")
+    told = tiny.edgekit(*command, "12", "--json")
+    assert told.code == 0, told.stderr
+    assert 0 < told.json["value"] < 1
+    assert told.json["cost"]["verifier_tokens"] >= told.json["prompt_tokens"] + told.json["tokens"] - 1
+    onnx = tiny.edgekit("plan", *model[:3], "--recipe", "onnx-int8", "--verifier", tmp_path / "verifier")
+    assert onnx.code == 2
+    assert "a recipe for llama.cpp" in onnx.stderr
 
 
 # --- what a user gets wrong

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 
 from edgekit.companions.verifier import (
     Labelled,
@@ -33,7 +34,7 @@ from edgekit.companions.verifier import (
     train_head,
     write_gguf_adapter,
 )
-from edgekit.engine import Capabilities, Entry, StepOutput
+from edgekit.engine import Capabilities, EngineOptions, Entry, StepOutput
 from edgekit.errors import InputError
 from edgekit.formats.safetensors import read_arrays, write_arrays
 from edgekit.verifier import (
@@ -54,7 +55,8 @@ from edgekit.verifier import (
     Training,
     Trunk,
     head_tensors,
-    load_verifier,
+    load_head,
+    open_verifier,
     read_heldout,
     save_verifier,
     verify_files,
@@ -462,7 +464,7 @@ def saved(directory: Path, architecture: Any = ARCHITECTURES[2], **more: Any) ->
 def test_what_is_saved_is_loaded(architecture: Any, tmp_path: Path) -> None:
     calibration = Isotonic(logits=(-1.0, 0.5), values=(0.1, 0.7))
     head, heldout = saved(tmp_path / "one", architecture, calibration=calibration)
-    manifest, loaded = load_verifier(tmp_path / "one")
+    manifest, loaded = load_head(tmp_path / "one")
     assert isinstance(loaded, Head)
     assert (manifest.kind, loaded.reads, manifest.domains) == ("head", True, ("toy",))
     assert (loaded.architecture, loaded.calibration) == (architecture, calibration)
@@ -503,7 +505,7 @@ def test_values_beyond_float16_stay_whole(tmp_path: Path) -> None:
     head = random_head(ARCHITECTURES[1])
     head.tensors["inner"][0, 0] = 1e6
     save_verifier(tmp_path, head, trunk=TRUNK, domains=[], training=TRAINING, metrics={})
-    assert load_verifier(tmp_path)[1].tensors["inner"][0, 0] == 1e6  # type: ignore[attr-defined]
+    assert load_head(tmp_path)[1].tensors["inner"][0, 0] == 1e6  # type: ignore[attr-defined]
 
 
 def rewrite(directory: Path, change: Any) -> None:
@@ -603,7 +605,7 @@ HOSTILE = {
 def test_hostile_files_are_one_error(name: str, tmp_path: Path) -> None:
     directory = tmp_path / "verifier"
     saved(directory)
-    load_verifier(directory)
+    load_head(directory)
     # a path with slashes is one key of `files`
     if name in ("an absolute path", "a path upwards"):
         key = "/etc/hostname" if "absolute" in name else "../outside"
@@ -612,7 +614,7 @@ def test_hostile_files_are_one_error(name: str, tmp_path: Path) -> None:
     else:
         HOSTILE[name](directory)
     with pytest.raises(InputError) as caught:
-        load_verifier(directory)
+        load_head(directory)
     assert len(str(caught.value)) < 1500
 
 
@@ -630,7 +632,7 @@ def test_hostile_files_are_one_error(name: str, tmp_path: Path) -> None:
 def test_hostile_held_out_answers_are_one_error(data: bytes, tmp_path: Path) -> None:
     saved(tmp_path)
     replace_file(tmp_path, HELDOUT, data)
-    load_verifier(tmp_path)
+    load_head(tmp_path)
     with pytest.raises(InputError):
         read_heldout(tmp_path)
 
@@ -716,9 +718,9 @@ def test_a_trunk_of_its_own_scores_each_prefix_by_its_last_state(architecture: A
     assert engine.closed
 
 
-def test_a_trunk_computes_what_is_new_only() -> None:
+def test_a_trunk_computes_what_is_new_only_and_says_how_much() -> None:
     engine = Echo()
-    verifier = OwnTrunk(engine, random_head(Linear()))  # type: ignore[arg-type]
+    verifier = OwnTrunk(engine, random_head(Linear()), weight_bytes=1000)  # type: ignore[arg-type]
     state = verifier.begin(range(10), None)
     verifier.values([state], [False])
     assert engine.computed == 10
@@ -726,6 +728,7 @@ def test_a_trunk_computes_what_is_new_only() -> None:
     assert engine.computed == 13
     verifier.values([state, state], [False, True])  # its last position is computed again, once
     assert engine.computed == 14
+    assert verifier.work == (14, 4 * 1000)
 
 
 def test_another_tokenizer_reads_the_text() -> None:
@@ -744,14 +747,16 @@ def test_an_empty_prefix_and_an_engine_without_states_are_refused() -> None:
         OwnTrunk(Echo(hidden_states=False), random_head(Linear()))  # type: ignore[arg-type]
 
 
-def test_a_verifier_with_a_trunk_needs_an_engine(tmp_path: Path) -> None:
+def test_a_verifier_with_a_trunk_is_opened_as_it_was_built_and_not_as_it_was_trained(tmp_path: Path) -> None:
     saved(tmp_path, Linear(), kind="model", heldout=[])
-    with pytest.raises(InputError, match="an engine for the model"):
-        load_verifier(tmp_path)
-    _, verifier = load_verifier(tmp_path, Echo())  # type: ignore[arg-type]
-    assert isinstance(verifier, OwnTrunk)
-    assert not verifier.reads
     assert read_heldout(tmp_path) == []
+    options = EngineOptions(context_tokens=64, threads=1)
+    with pytest.raises(InputError, match="a built verifier"), open_verifier(tmp_path, Echo(), options):  # type: ignore[arg-type]
+        pass
+    (tmp_path / "trunk.gguf").write_bytes(b"GGUF")
+    saved(tmp_path, Linear(), kind="adapter", heldout=[], files=["trunk.gguf"])
+    with pytest.raises(InputError, match="which runs a LoRA"), open_verifier(tmp_path, Echo(), options):  # type: ignore[arg-type]
+        pass
 
 
 # --- adapters and reward models
@@ -809,13 +814,10 @@ def test_an_adapter_learns_with_its_head(adapter: Any, tiny_hf: Path) -> None:
 
 @pytest.mark.slow
 def test_llama_cpp_computes_the_converted_adapter(adapter: Any, tiny_hf: Path, tiny_gguf: Path, tmp_path: Path) -> None:
-    import ctypes
-
     import peft
     import torch
 
-    from edgekit.engine import EngineOptions
-    from edgekit.engines.llama_cpp import library, open_model
+    from edgekit.engines.llama_cpp import open_model
     from edgekit.huggingface import load_model
 
     out, _ = adapter
@@ -826,15 +828,25 @@ def test_llama_cpp_computes_the_converted_adapter(adapter: Any, tiny_hf: Path, t
         plain = network.base_model(input_ids=torch.tensor([tokens])).last_hidden_state[0].numpy()
         changed = peft.PeftModel.from_pretrained(network, out).eval().get_base_model().base_model
         wanted = changed(input_ids=torch.tensor([tokens])).last_hidden_state[0].numpy()
-    api = library()
-    with open_model(tiny_gguf, EngineOptions(context_tokens=64, threads=1)) as engine:
-        lora = api.llama_adapter_lora_init(engine._model, str(tmp_path / "adapter.gguf").encode())
-        assert lora
-        adapters, scales = (api.llama_adapter_lora_p_ctypes * 1)(lora), (ctypes.c_float * 1)(1.0)
-        assert api.llama_set_adapters_lora(engine._ctx, adapters, 1, scales) == 0
+
+    def states(engine: Any) -> Any:
         sequence = engine.start()
         found = engine.step([Entry(sequence, token) for token in tokens], hidden_states=True).hidden
-    assert found is not None
+        engine.release(sequence)
+        return found
+
+    options = EngineOptions(context_tokens=64, threads=1)
+    with open_model(tiny_gguf, options) as engine:
+        before = states(engine)
+        adapted = engine.adapted(tmp_path / "adapter.gguf", options)
+        found = states(adapted)
+        # one model in memory, and the other context does not see the adapter
+        assert np.array_equal(states(engine), before)
+        assert adapted.weight_bytes == engine.weight_bytes
+        with pytest.raises(InputError, match="a LoRA for this model"):
+            engine.adapted(tiny_gguf, options)
+    with pytest.raises(InputError, match="was closed"):
+        adapted.start()
     change = np.abs(wanted - plain).max()
     assert change > 0.1
     assert np.abs(found - wanted).max() < 0.02 * change
@@ -851,33 +863,14 @@ def test_an_adapter_that_is_no_plain_lora_is_not_converted(tiny_hf: Path, tmp_pa
         write_gguf_adapter(tmp_path / "dora", tiny_hf, tmp_path / "adapter.gguf")
 
 
-def write_reward_model(directory: Path, base: Path, labels: int, kind: str) -> Any:
-    """A random reward model on the tiny model's trunk."""
-    import torch
-    import transformers
-
-    classes = {
-        "sequence": transformers.AutoModelForSequenceClassification,
-        "token": transformers.AutoModelForTokenClassification,
-    }
-    torch.manual_seed(3)
-    model = classes[kind].from_pretrained(base, num_labels=labels, dtype=torch.float32, pad_token_id=0).eval()
-    torch.nn.init.normal_(model.score.weight, std=0.2)
-    model.save_pretrained(directory, max_shard_size="400KB")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (directory / name).write_bytes((base / name).read_bytes())
-    return model
-
-
 @pytest.mark.parametrize(("labels", "kind"), [(1, "sequence"), (2, "sequence"), (2, "token")])
 def test_a_reward_model_is_its_trunk_and_its_score(labels: int, kind: str, tiny_hf: Path, tmp_path: Path) -> None:
     import torch
 
-    from edgekit.engine import EngineOptions
     from edgekit.engines.torch_reference import open_model
     from edgekit.model import resolve_model
 
-    model = write_reward_model(tmp_path / "reward", tiny_hf, labels, kind)
+    model = tiny.write_reward_model(tmp_path / "reward", tiny_hf, labels, kind)
     head = import_model(tmp_path / "reward", tmp_path / "trunk")
     assert resolve_model(str(tmp_path / "trunk")).artifact.facts["architecture"] == "llama"
     prefixes = [[1, 20, 30], [1, 20, 30, 40, 50], [1, 20, 60]]
@@ -897,6 +890,6 @@ def test_a_reward_model_is_its_trunk_and_its_score(labels: int, kind: str, tiny_
 def test_what_is_no_reward_model_is_refused(tiny_hf: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a reward model"):
         import_model(tiny_hf, tmp_path / "trunk")
-    write_reward_model(tmp_path / "three", tiny_hf, 3, "sequence")
+    tiny.write_reward_model(tmp_path / "three", tiny_hf, 3, "sequence")
     with pytest.raises(InputError, match="1 or 2 rows"):
         import_model(tmp_path / "three", tmp_path / "trunk")

@@ -168,3 +168,21 @@ def plan_of(model: Path, recipe: str = "gguf-q4", *settings: str, target: str = 
 def build_in(store: Store, plan: Plan) -> Built:
     """Build without a bundle."""
     return build(plan, store, Silent())
+
+
+def write_reward_model(directory: Path, base: Path, labels: int, kind: str) -> Any:
+    """A random reward model on the tiny model's trunk."""
+    import torch
+    import transformers
+
+    classes = {
+        "sequence": transformers.AutoModelForSequenceClassification,
+        "token": transformers.AutoModelForTokenClassification,
+    }
+    torch.manual_seed(3)
+    model = classes[kind].from_pretrained(base, num_labels=labels, dtype=torch.float32, pad_token_id=0).eval()
+    torch.nn.init.normal_(model.score.weight, std=0.2)
+    model.save_pretrained(directory, max_shard_size="400KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (directory / name).write_bytes((base / name).read_bytes())
+    return model

@@ -91,7 +91,7 @@ def make_plans(
             target.default_recipe if recipe is None else recipe,
             overrides,
             found,
-            verifier=companion is not None,
+            companion=companion,
             tasks=tasks,
         )
         for target in chosen

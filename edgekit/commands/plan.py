@@ -59,6 +59,7 @@ def describe(plan: Plan, store: Store) -> dict[str, Any]:
         ],
         "memory": {
             "weight_bytes": plan.memory.weight_bytes,
+            "companion_bytes": plan.memory.companion_bytes,
             "kv_cache_bytes": plan.memory.kv_cache_bytes,
             "compute_buffer_bytes": plan.memory.compute_buffer_bytes,
             "margin_bytes": plan.memory.margin_bytes,
@@ -95,6 +96,7 @@ def show(plan: Plan, store: Store, console: Console) -> None:
     memory.add_column("MiB", justify="right")
     parts = {
         "weights (exact from tensor types)": plan.memory.weight_bytes,
+        **({"verifier": plan.memory.companion_bytes} if plan.companion else {}),
         f"KV cache, {plan.kv_type}, {plan.context_tokens} tokens": plan.memory.kv_cache_bytes,
         "compute buffers": plan.memory.compute_buffer_bytes,
         "margin": plan.memory.margin_bytes,

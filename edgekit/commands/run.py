@@ -69,8 +69,7 @@ def command(
     if streams(name) and arguments["candidates"]:
         wanted = "--candidates with a strategy that weighs several answers"
         raise InputError(wanted, f"{name}, which draws one", "--strategy majority, or leave it out")
-    verifier = open_verifier(opened)
-    if needs_verifier(name) and verifier is None:
+    if needs_verifier(name) and settings.verifier is None:
         advice = "--strategy majority, or build with --verifier DIR"
         raise InputError(f"a verifier for {name}", f"none in {bundle}", advice)
     text = _read_stdin() if prompt is None else _check_unicode(prompt, "PROMPT")
@@ -80,7 +79,7 @@ def command(
     budget = Budget(**{kind: arguments.pop(f"budget_{kind}") for kind in ("tokens", "seconds", "joules")})
     changes = {key: value for key, value in arguments.items() if value not in (None, ())}
     candidates = 1 if streams(name) else changes.get("candidates", settings.decode.candidates)
-    with open_engine(opened, threads, candidates) as engine:
+    with open_engine(opened, threads, candidates) as engine, open_verifier(opened, engine, threads) as verifier:
         loaded = dict(engine.loaded)
         tokens = conversation.tokens(engine)
         context = engine.capabilities.context_tokens

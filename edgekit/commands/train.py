@@ -9,10 +9,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgekit.adapter import CONFIG, WEIGHTS
+from edgekit.artifact import relative_files
 from edgekit.build import Built, build
 from edgekit.bundle import swap
 from edgekit.commands._options import make_plans, model_options
@@ -26,7 +28,21 @@ from edgekit.plan import Plan, check_host
 from edgekit.store import Store, explain_disk, require_writable
 from edgekit.tasks import Split, Task, find_task
 from edgekit.tools import require
-from edgekit.verifier import MANIFEST, Attention, Linear, Mlp, Training, Trunk, VerifierManifest, save_verifier
+from edgekit.verifier import (
+    ADAPTER_DIRECTORY,
+    MANIFEST,
+    MODEL_DIRECTORY,
+    Attention,
+    Linear,
+    Mlp,
+    Training,
+    Trunk,
+    VerifierManifest,
+    save_verifier,
+)
+
+if TYPE_CHECKING:
+    from edgekit.companions.verifier import Labelled, Trained
 
 _SHAPES = {"attention": Attention, "mlp": Mlp, "linear": Linear}
 
@@ -40,7 +56,19 @@ def command() -> None:
 @model_options
 @click.option("--task", "tasks", multiple=True, required=True, help="Task to learn from, e.g. arithmetic; repeats.")
 @click.option("--out", "-o", type=GivenPath(), required=True, help="Directory of the verifier.")
+@click.option(
+    "--kind",
+    type=click.Choice(["head", "adapter", "model"]),
+    default="head",
+    show_default=True,
+    help="A head on the model's states, on those of a LoRA of it, or a reward model.",
+)
 @click.option("--architecture", type=click.Choice(list(_SHAPES)), default="attention", show_default=True, help="Head.")
+@click.option(
+    "--reward-model",
+    type=GivenPath(),
+    help="For the kind model: a sequence or token classifier, in a Hugging Face directory.",
+)
 @click.option("--problems", type=click.IntRange(min=4), default=600, show_default=True, help="To train on, a task.")
 @click.option("--heldout", type=click.IntRange(min=4), default=150, show_default=True, help="To judge by, a task.")
 @click.option("--samples", type=click.IntRange(2, 64), default=8, show_default=True, help="Answers to each problem.")
@@ -51,7 +79,9 @@ def command() -> None:
 def verifier(
     tasks: tuple[str, ...],
     out: Path,
+    kind: str,
     architecture: str,
+    reward_model: Path | None,
     problems: int,
     heldout: int,
     samples: int,
@@ -66,7 +96,11 @@ def verifier(
 
     The model answers the problems of the tasks; each answer is checked, and a small head learns from the model's own
     hidden states how likely a partial answer ends right. It is judged and calibrated on problems it has not seen.
+    A reward model is not trained: only its calibration is learned.
     """
+    if (kind == "model") != (reward_model is not None):
+        given = "--kind model without one" if reward_model is None else f"--reward-model with the kind {kind}"
+        raise InputError("--kind model with --reward-model DIR", given, "give both, or neither")
     plans = make_plans(**arguments)
     if len(plans) > 1:
         raise InputError("one target", f"{len(plans)}", "train a verifier for each")
@@ -75,9 +109,10 @@ def verifier(
     require("torch")
     check_host(plan)
     _check_place(out)
-    run = _Run(plan, found, samples, seed, Options(sampling=Sampling(temperature, top_p=top_p), seed=seed), threads)
+    options = Options(sampling=Sampling(temperature, top_p=top_p), seed=seed)
+    run = _Run(plan, found, kind, architecture, reward_model, samples, seed, options, threads)
     with ProgressDisplay() as display:
-        manifest = run.train(out, architecture, problems, heldout, display)
+        manifest = run.train(out, problems, heldout, display)
     if as_json:
         click.echo(json.dumps({"verifier": str(out), **manifest.model_dump(mode="json", exclude={"files"})}, indent=2))
         return
@@ -91,40 +126,38 @@ def verifier(
 class _Run:
     plan: Plan
     tasks: Sequence[Task]
+    kind: str
+    architecture: str
+    reward_model: Path | None
     samples: int
     seed: int
     options: Options
     threads: int | None
 
-    def train(
-        self, out: Path, architecture: str, problems: int, heldout: int, display: ProgressDisplay
-    ) -> VerifierManifest:
+    def train(self, out: Path, problems: int, heldout: int, display: ProgressDisplay) -> VerifierManifest:
         """Build the model, roll out, train, save."""
-        from edgekit.companions.verifier import train_head
-
         started = time.monotonic()
         version = find_engine(self.plan.recipe.engine).build_info()["version"]
         store = Store.default()
+        train: list[Labelled] = []
+        forward = 0
         with store.shared():
             built = build(self.plan, store, display)
-            steps = 2 * len(self.tasks) + 1
+            learns = self.kind != "model"
+            steps = (1 + learns) * len(self.tasks) + 1
             with self._open(built) as engine:
-                train, forward = self._collect(engine, built, "train", problems, display, 1, steps)
-                judge, more = self._collect(engine, built, "validation", heldout, display, 1 + len(self.tasks), steps)
-        display.started("train", steps, steps)
-        begun = time.monotonic()
-        trained = train_head(
-            train,
-            judge,
-            architecture=_SHAPES[architecture](),
-            seed=self.seed,
-            threads=self.threads or EngineOptions().cpu_threads,
-            progress=lambda done, total: display.progressed(done, total, "epochs"),
-        )
-        display.finished("train", "executed", time.monotonic() - begun)
+                if learns:
+                    train, forward = self._collect(engine, built, "train", problems, display, 1, steps)
+                first = steps - len(self.tasks)
+                judge, more = self._collect(engine, built, "validation", heldout, display, first, steps)
         work = out.with_name(f".{out.name}.part-{os.getpid()}")
         with explain_disk(out.parent):
             try:
+                display.started("train", steps, steps)
+                begun = time.monotonic()
+                work.mkdir(parents=True)
+                trained, files, reads_text = self._learn(train, judge, built, work, display)
+                display.finished("train", "executed", time.monotonic() - begun)
                 manifest = save_verifier(
                     work,
                     trained.head,
@@ -146,11 +179,40 @@ class _Run:
                     ),
                     metrics=trained.metrics,
                     heldout=[item.prefixes for item in judge],
+                    kind=self.kind,  # type: ignore[arg-type]
+                    reads_text=reads_text,
+                    files=files,
                 )
                 swap(work, out)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
         return manifest
+
+    def _learn(
+        self, train: list[Labelled], judge: list[Labelled], built: Built, work: Path, display: ProgressDisplay
+    ) -> tuple[Trained, list[str], bool]:
+        """The head, the files of its trunk in `work`, and whether that reads text."""
+        from edgekit.companions.verifier import judge_model, train_adapter, train_head
+
+        def progress(done: int, total: int) -> None:
+            display.progressed(done, total, "epochs")
+
+        common: dict[str, Any] = {"seed": self.seed, "threads": self.threads or EngineOptions().cpu_threads}
+        if self.kind == "head":
+            architecture = _SHAPES[self.architecture]()
+            return train_head(train, judge, architecture=architecture, progress=progress, **common), [], False
+        known = [[item.prefixes for item in items] for items in (train, judge)]
+        checkpoint = built.checkpoint.path
+        if self.kind == "adapter":
+            trained = train_adapter(checkpoint, work / ADAPTER_DIRECTORY, *known, progress=progress, **common)
+            return trained, [f"{ADAPTER_DIRECTORY}/{name}" for name in (CONFIG, WEIGHTS)], False
+        assert self.reward_model is not None
+        trained, reads_text = judge_model(self.reward_model, work / MODEL_DIRECTORY, known[1], checkpoint)
+        return (
+            trained,
+            sorted(f"{MODEL_DIRECTORY}/{name}" for name in relative_files(work / MODEL_DIRECTORY)),
+            reads_text,
+        )
 
     def _open(self, built: Built) -> Engine:
         context = min(self.plan.context_tokens, 2048)
@@ -166,10 +228,10 @@ class _Run:
 
     def _collect(
         self, engine: Engine, built: Built, split: Split, count: int, display: ProgressDisplay, first: int, steps: int
-    ) -> tuple[list[Any], int]:
+    ) -> tuple[list[Labelled], int]:
         from edgekit.companions.rollouts import collect
 
-        answers: list[Any] = []
+        answers: list[Labelled] = []
         forward = 0
         for position, task in enumerate(self.tasks, first):
             label = f"{task.name} {split}"

@@ -15,7 +15,7 @@ from edgekit.decode import Options, Session
 from edgekit.engine import Engine, FloatArray
 from edgekit.errors import InputError
 from edgekit.tasks import Problem, Task
-from edgekit.verifier import Prefixes
+from edgekit.verifier import Prefixes, Work
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class _Recorder:
     """A verifier in form only: what it remembers are the states themselves, shape (positions, hidden size)."""
 
     reads: bool = True
+    work: Work = Work()  # noqa: RUF009 - a tuple
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> Any:
         """The prompt's last position."""

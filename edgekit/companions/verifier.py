@@ -20,13 +20,13 @@ import numpy.typing as npt
 
 from edgekit.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from edgekit.adapter import read_adapter
-from edgekit.engine import FloatArray
+from edgekit.engine import EngineOptions, FloatArray
 from edgekit.errors import InputError, suggest
 from edgekit.formats.safetensors import read_checkpoint
-from edgekit.huggingface import load_model, quiet
+from edgekit.huggingface import load_model, load_tokenizer, quiet
 from edgekit.model import ARCHITECTURES, gguf_names, read_config
 from edgekit.tools import copy_file
-from edgekit.verifier import Attention, Head, Isotonic, Linear, Metric, Mlp, Platt, Prefixes, head_tensors
+from edgekit.verifier import Attention, Head, Isotonic, Linear, Metric, Mlp, OwnTrunk, Platt, Prefixes, head_tensors
 
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
@@ -188,6 +188,17 @@ def head_logits(head: Head, item: Labelled) -> FloatArray:
     return head.logits(states, own.done)
 
 
+def read_trunk(trunk: OwnTrunk, items: Sequence[Prefixes]) -> list[Labelled]:
+    """What a trunk of its own computes of labelled prefixes: of each its last position, as `judge` takes them."""
+    found = []
+    for item in items:
+        states = trunk.hidden([(*item.prompt, *item.answer[:position]) for position in item.positions])
+        hidden = np.zeros((1 + len(item.answer), states.shape[1]), np.float32)
+        hidden[list(item.positions)] = states
+        found.append(Labelled(item, hidden))
+    return found
+
+
 def judge(
     head: Head, heldout: Sequence[Labelled], *, calibration: CalibrationKind = "platt", seed: int = 0
 ) -> tuple[Platt | Isotonic, dict[str, Metric]]:
@@ -280,8 +291,9 @@ def train_head(
 ) -> Trained:
     """Train a head by binary cross-entropy on soft labels, on the CPU, and judge it as `judge` does.
 
-    AdamW; a slice of the training problems is kept aside, and the weights with the least loss there are kept. Training
-    ends `patience` epochs after them. Every prefix weighs the same, so probabilities keep the base rate.
+    AdamW; a slice of the training problems is kept aside, and the weights with the least loss there, once calibrated,
+    are kept. Training ends `patience` epochs after them. Every prefix weighs the same, so probabilities keep the base
+    rate.
 
     Args:
         train: Labelled answers to train on.
@@ -357,17 +369,33 @@ def _optimise(
             (loss / count).backward()
             optimiser.step()
         schedule.step()
-        total = 0.0
-        with torch.no_grad():
-            for items in _batches(aside, batch, np.arange(len(aside))):
-                total += float(_loss(architecture, parameters, collate(items, architecture))[0])
+        found = _calibrated_loss(architecture, parameters, aside, batch)
         progress(epoch, epochs)
-        if total < best:
-            best, kept = total, epoch
+        if found < best:
+            best, kept = found, epoch
             weights = {name: p.detach().numpy().copy() for name, p in parameters.items()}
         elif epoch - kept >= patience:
             break
     return weights, kept
+
+
+def _calibrated_loss(
+    architecture: Linear | Mlp | Attention, parameters: Mapping[str, Any], items: Sequence[Labelled], batch: int
+) -> float:
+    """Mean cross-entropy after the calibration that would be best: being too sure is mended later."""
+    import torch
+
+    logits, labels = [], []
+    with torch.no_grad():
+        for part in _batches(items, batch, np.arange(len(items))):
+            one = collate(part, architecture)
+            counts = one.count.long().flatten()
+            logits.append(forward(architecture, parameters, one).flatten().repeat_interleave(counts))
+            labels.append(one.labels.flatten().repeat_interleave(counts))
+    z, y = (torch.cat(parts).double().numpy() for parts in (logits, labels))
+    fitted = fit_platt(z, y)
+    z = fitted.scale * z + fitted.offset
+    return float(np.mean(np.logaddexp(0, z) - y * z))
 
 
 def _loss(
@@ -769,3 +797,38 @@ def import_model(directory: Path, out: Path) -> Head:
             "score_bias": np.array([bias[-1] - bias[0] if len(rows) == 2 else bias[0]], np.float32),
         },
     )
+
+
+def judge_model(
+    directory: Path,
+    out: Path,
+    heldout: Sequence[Prefixes],
+    base: Path,
+    *,
+    calibration: CalibrationKind = "platt",
+) -> tuple[Trained, bool]:
+    """Import a reward model, calibrate it on held-out answers of a base, and judge it there, in float32.
+
+    Args:
+        directory: The reward model in Hugging Face layout.
+        out: Where its trunk goes.
+        heldout: Labelled answers, in the tokens of the base.
+        base: Checkpoint of the base, whose tokenizer is compared.
+        calibration: `platt` or `isotonic`.
+
+    Returns the head, and whether the model has another tokenizer than the base and so is given text.
+    """
+    from edgekit.engines import find_engine
+
+    begin = time.perf_counter()
+    head = import_model(directory, out)
+    theirs, ours = (load_tokenizer(path) for path in (out, base))
+    reads_text = bool(theirs.get_vocab() != ours.get_vocab())
+    longest = max(len(item.prompt) + len(item.answer) for item in heldout)
+    options = EngineOptions(context_tokens=(4 if reads_text else 1) * longest + 2, fall_back=True)
+    to_text = (lambda tokens: str(ours.decode(tokens))) if reads_text else None
+    with OwnTrunk(find_engine("torch_reference").open_model(out, options), head, to_text=to_text) as trunk:
+        read = read_trunk(trunk, [item for item in heldout if item.positions])
+    chosen, metrics = judge(head, read, calibration=calibration)
+    calibrated = Head(head.architecture, head.tensors, calibration=chosen)
+    return Trained(calibrated, metrics, 0, time.perf_counter() - begin), reads_text

@@ -29,8 +29,10 @@ class Cost:
     """Forward passes; each reads the weights once, whatever the number of candidates in it."""
     verifier_calls: int = 0
     """Partial answers scored."""
+    verifier_tokens: int = 0
+    """Positions computed by a verifier with a trunk of its own."""
     bytes_moved: int = 0
-    """Weights and KV cache read, by `Traffic`."""
+    """Weights and KV cache read, by `Traffic`, and the weights of a verifier's trunk."""
     wall_s: float = 0.0
     predicted_energy_j: float | None = None
     """Wall time at the power of `Traffic`: it means something where that device is this machine."""
@@ -110,7 +112,7 @@ class Session:
         """Whether the budget is used up: no node grows any more."""
         cost, budget = self.cost, self.options.budget
         pairs = (
-            (cost.tokens_forward, budget.tokens),
+            (cost.tokens_forward + cost.verifier_tokens, budget.tokens),
             (cost.wall_s, budget.seconds),
             (cost.predicted_energy_j, budget.joules),
         )
@@ -198,8 +200,11 @@ class Session:
             raise InputError("a verifier for this strategy", "none", "build with --verifier, or use majority")
         unknown = list(dict.fromkeys(node for node in nodes if node.value is None))
         if unknown:
+            before = self._verifier.work
             found = self._verifier.values([n.state for n in unknown], [n.ended is not None for n in unknown])
             self._cost.verifier_calls += len(unknown)
+            self._cost.verifier_tokens += self._verifier.work.tokens - before.tokens
+            self._cost.bytes_moved += self._verifier.work.bytes_moved - before.bytes_moved
             for node, value in zip(unknown, found, strict=True):
                 node.value = float(value)
         return np.array([node.value for node in nodes], np.float32)

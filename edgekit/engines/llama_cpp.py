@@ -279,6 +279,7 @@ class LlamaCpp(Vocabulary):
         _check_options(options, api.llama_max_parallel_sequences())
         self._accelerate: bool = options.accelerate and api.llama_supports_gpu_offload()
         self._ctx: Any = None
+        self._adapted: list[Adapted] = []
         super().__init__(path, n_gpu_layers=-1 if self._accelerate else 0)
         try:
             self._open_context(options)
@@ -335,6 +336,16 @@ class LlamaCpp(Vocabulary):
             total_tokens=settings.n_ctx,
         )
 
+    def adapted(self, adapter: Path, options: EngineOptions) -> Adapted:
+        """Open a LoRA beside the model: another context over the same weights. Closing this engine closes it, too.
+
+        Raises InputError for a file that is no adapter of this model, and as `open_model` does.
+        """
+        self._check_open()
+        opened = Adapted(self, adapter, options)
+        self._adapted.append(opened)
+        return opened
+
     @property
     def capabilities(self) -> Capabilities:
         """What this model can do; a recurrent or hybrid one neither forks nor rewinds."""
@@ -354,6 +365,12 @@ class LlamaCpp(Vocabulary):
     def embedding_size(self) -> int:
         """Width of an input embedding. llama.cpp takes it as the graph's input: models that scale embeddings differ."""
         return self._embedding_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the model's tensors: what a step reads."""
+        self._check_open()
+        return int(self._api.llama_model_size(self._model))
 
     @property
     def pairs_neighbours(self) -> bool:
@@ -558,9 +575,42 @@ class LlamaCpp(Vocabulary):
 
     def close(self) -> None:
         """Free context and model; later calls raise InputError."""
+        while self._adapted:
+            self._adapted.pop().close()
         context, self._ctx = self._ctx, None
         if context:
             self._api.llama_free(context)
+        super().close()
+
+
+class Adapted(LlamaCpp):
+    """The model of another engine with a LoRA, in a context of its own."""
+
+    def __init__(self, base: LlamaCpp, adapter: Path, options: EngineOptions) -> None:
+        api = base._api
+        _check_options(options, api.llama_max_parallel_sequences())
+        if not adapter.is_file():
+            raise InputError("a LoRA in GGUF", f"no file at {adapter}", "check the path")
+        self._api, self._path, self._size, self._accelerate = api, adapter, base._size, base._accelerate
+        self._model, self._vocab, self.offloaded_layers = base._model, base._vocab, base.offloaded_layers
+        self._ctx, self._adapted = None, []
+        try:
+            with collect_log() as log:
+                # the model frees it
+                lora = api.llama_adapter_lora_init(self._model, os.fsencode(adapter))
+            if not lora:
+                raise InputError(f"a LoRA for this model at {adapter}", _reason(log), "build it again")
+            self._open_context(options)
+            adapters, scales = (api.llama_adapter_lora_p_ctypes * 1)(lora), (ctypes.c_float * 1)(1.0)
+            if api.llama_set_adapters_lora(self._ctx, adapters, 1, scales):
+                raise InputError(f"a LoRA for this model at {adapter}", "llama.cpp refused it", "build it again")
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Free the context; the model stays."""
+        self._model = None
         super().close()
 
 

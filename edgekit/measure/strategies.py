@@ -34,6 +34,7 @@ class StrategyRow(Strict):
     tokens_forward: float
     steps: float
     verifier_calls: float
+    verifier_tokens: float
     bytes_moved: float
     wall_s: float
     """On the machine that measured."""
@@ -157,6 +158,7 @@ def _row(
         tokens_forward=mean("tokens_forward"),
         steps=mean("steps"),
         verifier_calls=mean("verifier_calls"),
+        verifier_tokens=mean("verifier_tokens"),
         bytes_moved=mean("bytes_moved"),
         wall_s=mean("wall_s"),
     )

@@ -50,7 +50,10 @@ def predict_answer(target: Target, rates: Sequence[Measurement], row: StrategyRo
     compute = target.compute
     moving = row.bytes_moved / (compute.decode_efficiency.value * target.memory.bandwidth_bytes_per_s.value)
     prefill = next(rate.value for rate in rates if rate.name == "prefill_tokens_per_s")
-    seconds = max(moving, row.tokens_forward / prefill) + row.steps * compute.token_overhead_s.value
+    # a trunk of its own takes a step for every partial answer
+    steps = row.steps + (row.verifier_calls if row.verifier_tokens else 0)
+    computing = (row.tokens_forward + row.verifier_tokens) / prefill
+    seconds = max(moving, computing) + steps * compute.token_overhead_s.value
     return Measurement(
         name="answer_s",
         value=seconds,

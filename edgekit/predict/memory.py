@@ -15,6 +15,8 @@ class MemoryPlan:
     """Bytes on the target. `margin_bytes` is kept free for what the formulas do not see."""
 
     weight_bytes: int
+    companion_bytes: int
+    """Weights of the verifier, and what a trunk of its own needs beside them."""
     kv_cache_bytes: int
     compute_buffer_bytes: int
     margin_bytes: int
@@ -23,7 +25,8 @@ class MemoryPlan:
     @property
     def required_bytes(self) -> int:
         """Everything the bundle occupies, margin included."""
-        return self.weight_bytes + self.kv_cache_bytes + self.compute_buffer_bytes + self.margin_bytes
+        model = self.weight_bytes + self.kv_cache_bytes + self.compute_buffer_bytes
+        return model + self.companion_bytes + self.margin_bytes
 
     @property
     def fits(self) -> bool:
@@ -54,14 +57,20 @@ def compute_buffer_bytes(shape: ModelShape, context_tokens: int, batch_tokens: i
 
 
 def plan_memory(
-    shape: ModelShape, weight_bytes: int, usable_bytes: int, context_tokens: int, kv_type: str = "f16"
+    shape: ModelShape,
+    weight_bytes: int,
+    usable_bytes: int,
+    context_tokens: int,
+    kv_type: str = "f16",
+    companion_bytes: int = 0,
 ) -> MemoryPlan:
-    """Add up what one sequence of `context_tokens` needs.
+    """Add up what one sequence of `context_tokens` needs, beside a companion.
 
     The margin is 5% of the usable memory, at most 1 GiB: llama.cpp's own `--fit` keeps 1 GiB.
     """
     return MemoryPlan(
         weight_bytes=weight_bytes,
+        companion_bytes=companion_bytes,
         kv_cache_bytes=kv_cache_bytes(shape, context_tokens, kv_type),
         compute_buffer_bytes=compute_buffer_bytes(shape, context_tokens),
         margin_bytes=min(usable_bytes // 20, 1 << 30),

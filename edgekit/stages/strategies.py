@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from edgekit.formats.weights import read_weights
 from edgekit.measure.strategies import Curve, measure_strategies
 from edgekit.stage import Facts, StageContext, StageParams, runnable, stage
 from edgekit.tasks import find_task
-from edgekit.verifier import load_verifier
+from edgekit.verifier import open_verifier
 
 FILE_NAME = "strategies.json"
 
@@ -62,7 +63,6 @@ class Params(StageParams):
 @stage(version=1, takes=runnable(), gives="strategies", also=("verifier", "checkpoint"))
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Answer validation problems by every strategy and keep the accuracy-cost curve."""
-    verifier = load_verifier(ctx.side["verifier"].path)[1] if "verifier" in ctx.side else None
     options = EngineOptions(
         context_tokens=params.context_tokens,
         sequences=max(params.candidates),
@@ -73,7 +73,11 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     sampling = Sampling(temperature=params.temperature, top_p=params.top_p)
     weight_bytes = sum(weight.nbytes for weight in read_weights(model.model_path))
     rows, choices, asked = [], [], {}
-    with find_engine(params.engine).open_model(model.model_path, options) as engine:
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(find_engine(params.engine).open_model(model.model_path, options))
+        verifier = None
+        if "verifier" in ctx.side:
+            verifier = stack.enter_context(open_verifier(ctx.side["verifier"].path, engine, options))
         for position, name in enumerate(params.tasks):
             task = find_task(name)
             problems = task.problems("validation", params.problems, params.seed)
