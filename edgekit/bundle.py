@@ -17,6 +17,7 @@ import psutil
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 
 import edgekit
+from edgekit import companion
 from edgekit.artifact import (
     Artifact,
     CorruptArtifact,
@@ -215,9 +216,7 @@ def open_verifier(
     """
     if bundle.settings.verifier is None:
         return contextlib.nullcontext()
-    return edgekit.verifier.open_verifier(
-        bundle.path / bundle.settings.verifier, engine, bundle.settings.options(threads)
-    )
+    return companion.open_verifier(bundle.path / bundle.settings.verifier, engine, bundle.settings.options(threads))
 
 
 def _read(path: Path, model: type[M]) -> M:

@@ -1,16 +1,29 @@
-"""What a user may call a verifier, resolved to files with digests: its manifest is read, no weights."""
+"""What a user may call a verifier, resolved to files with digests; and a verifier, opened beside its model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from edgekit.artifact import Artifact, Manifest, describe_files
+from edgekit.engine import Engine, EngineOptions
+from edgekit.engines import find_engine
 from edgekit.errors import InputError
 from edgekit.model import ModelShape, model_shape, resolve_model
 from edgekit.tasks import find_task
-from edgekit.verifier import MANIFEST, MODEL_DIRECTORY, VerifierManifest, verify_files
+from edgekit.verifier import (
+    MANIFEST,
+    MODEL_DIRECTORY,
+    TRUNK,
+    OwnTrunk,
+    Verifier,
+    VerifierManifest,
+    load_head,
+    verify_files,
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,32 @@ def check_verifier(companion: Companion, base_digest: str, engine: str, tasks: S
         seen = ", ".join(domains)
         notes.append(f"The verifier has not seen {', '.join(unseen)}: outside of {seen} its values may mean nothing.")
     return notes
+
+
+@contextmanager
+def open_verifier(directory: Path, base: Engine, options: EngineOptions) -> Iterator[Verifier]:
+    """Open a verifier beside the model that it is for, until the block ends.
+
+    One with a trunk of its own opens it in llama.cpp: a LoRA over the weights of `base`, or a model. `options` are
+    those that the base was opened with; the trunk needs one sequence. Raises InputError as `load_head` does, and for
+    a base that cannot have an adapter beside it.
+    """
+    manifest, head = load_head(directory)
+    if manifest.kind == "head":
+        yield head
+        return
+    path = directory / TRUNK
+    if TRUNK not in manifest.files:
+        raise InputError(f"a built verifier, with {TRUNK}", f"one as it was trained in {directory}", "edgekit build")
+    verify_files(directory, [TRUNK])
+    own = replace(options, sequences=1, total_tokens=None)
+    opens = find_engine("llama_cpp").open_model if manifest.kind == "model" else getattr(base, "adapted", None)
+    if opens is None:
+        raise InputError("llama.cpp, which runs a LoRA beside the base", type(base).__name__, "build a GGUF recipe")
+    to_text = (lambda tokens: base.detokenize(tokens).decode("utf-8", "replace")) if manifest.reads_text else None
+    engine: Any = opens(path, own)
+    with OwnTrunk(engine, head, to_text=to_text, weight_bytes=engine.weight_bytes) as trunk:
+        yield trunk
 
 
 def check_tasks(names: Sequence[str]) -> None:

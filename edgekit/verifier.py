@@ -15,9 +15,8 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
@@ -26,8 +25,7 @@ import numpy.typing as npt
 from pydantic import Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
 
 from edgekit.config import M, Strict
-from edgekit.engine import Closing, Engine, EngineOptions, Entry, FloatArray
-from edgekit.engines import find_engine
+from edgekit.engine import Closing, Engine, Entry, FloatArray
 from edgekit.errors import InputError
 from edgekit.formats.safetensors import read_arrays, write_arrays
 
@@ -783,32 +781,6 @@ def load_head(directory: Path) -> tuple[VerifierManifest, Head]:
     return manifest, Head(manifest.architecture, weights, calibration=manifest.calibration)
 
 
-@contextmanager
-def open_verifier(directory: Path, base: Engine, options: EngineOptions) -> Iterator[Verifier]:
-    """Open a verifier beside the model that it is for, until the block ends.
-
-    One with a trunk of its own opens it in llama.cpp: a LoRA over the weights of `base`, or a model. `options` are
-    those that the base was opened with; the trunk needs one sequence. Raises InputError as `load_head` does, and for
-    a base that cannot have an adapter beside it.
-    """
-    manifest, head = load_head(directory)
-    if manifest.kind == "head":
-        yield head
-        return
-    path = directory / TRUNK
-    if TRUNK not in manifest.files:
-        raise InputError(f"a built verifier, with {TRUNK}", f"one as it was trained in {directory}", "edgekit build")
-    _check(directory, manifest, TRUNK)
-    own = replace(options, sequences=1, total_tokens=None)
-    opens = find_engine("llama_cpp").open_model if manifest.kind == "model" else getattr(base, "adapted", None)
-    if opens is None:
-        raise InputError("llama.cpp, which runs a LoRA beside the base", type(base).__name__, "build a GGUF recipe")
-    to_text = (lambda tokens: base.detokenize(tokens).decode("utf-8", "replace")) if manifest.reads_text else None
-    engine: Any = opens(path, own)
-    with OwnTrunk(engine, head, to_text=to_text, weight_bytes=engine.weight_bytes) as trunk:
-        yield trunk
-
-
 def read_manifest(directory: Path) -> VerifierManifest:
     """Read `verifier.json` and compare the sizes of the files it names. Raises InputError as `load_verifier` does."""
     path = directory / MANIFEST
@@ -847,10 +819,10 @@ def read_heldout(directory: Path) -> list[Prefixes]:
     return [_parse(Prefixes, line, path) for line in data.splitlines()]
 
 
-def verify_files(directory: Path) -> VerifierManifest:
-    """Compare every file of a verifier with its digest. Raises InputError for the first that differs."""
+def verify_files(directory: Path, names: Sequence[str] | None = None) -> VerifierManifest:
+    """Compare files of a verifier (all, unless named) with their digests. Raises InputError for the first other."""
     manifest = read_manifest(directory)
-    for name in manifest.files:
+    for name in manifest.files if names is None else names:
         _check(directory, manifest, name)
     return manifest
 

@@ -187,6 +187,32 @@ def test_another_quantization_of_the_model_gives_states_of_its_own(pair: Pair, b
         assert distance < 0.05 * np.linalg.norm(drawn.hidden.astype(np.float32))
 
 
+def test_validate_answers_a_task_by_the_strategy_of_the_bundle(pair: Pair) -> None:
+    told = tiny.edgekit("validate", pair.bundle, "--task", pair.task, "--problems", "5", "--json")
+    assert told.code == 0, told.stderr
+    found = {m["name"]: m for m in told.json["measurements"]}
+    accuracy = found["task_accuracy"]
+    assert accuracy["n"] == 5
+    assert accuracy["value"] * 5 == pytest.approx(round(accuracy["value"] * 5))
+    assert accuracy["ci_low"] <= accuracy["value"] <= accuracy["ci_high"]
+    assert found["answer_s"]["kind"] == "measured"
+    # what the bundle answers is what `run` answers
+    task = find_task(pair.task)
+    settings = open_bundle(pair.bundle).settings.decode
+    right = 0.0
+    for index, problem in enumerate(task.problems("test", 5)):
+        several = () if streams(settings.strategy) else ("--candidates", settings.candidates)
+        answer = tiny.edgekit(
+            "run", pair.bundle, problem.prompt, "--raw", "--strategy", settings.strategy, *several, "--seed", index,
+            "--max-tokens", task.max_tokens, "--json",
+        )  # fmt: skip
+        right += task.check(problem, answer.json["text"])
+    assert right / 5 == accuracy["value"]
+    wrong = tiny.edgekit("validate", pair.bundle, "--task", "arithmetics")
+    assert wrong.code == 2
+    assert "did you mean 'arithmetic'?" in wrong.stderr
+
+
 # --- trunks of their own
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 
+from edgekit.companion import open_verifier
 from edgekit.companions.verifier import (
     Labelled,
     auc,
@@ -56,7 +57,6 @@ from edgekit.verifier import (
     Trunk,
     head_tensors,
     load_head,
-    open_verifier,
     read_heldout,
     save_verifier,
     verify_files,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import TracebackType
 from typing import Self
 
@@ -9,6 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from edgekit.build import BuildEvents
+
+_QUIET_S = 30.0
+"""Where a log shows no bar, a step that takes longer says how far it is."""
 
 
 class ProgressDisplay(BuildEvents):
@@ -27,6 +31,7 @@ class ProgressDisplay(BuildEvents):
             transient=True,
         )
         self._task = self._progress.add_task("", total=None, unit="", visible=False)
+        self._step, self._told = "", 0.0
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -39,10 +44,14 @@ class ProgressDisplay(BuildEvents):
 
     def started(self, step: str, position: int, steps: int) -> None:
         """Show a fresh bar."""
+        self._step, self._told = step, time.monotonic()
         self._progress.reset(self._task, total=None, description=f"{position}/{steps} {step}", unit="", visible=True)
 
     def progressed(self, done: int, total: int | None, unit: str) -> None:
-        """Move the bar."""
+        """Move the bar; without a terminal, print a line every half minute."""
+        if not self.console.is_terminal and time.monotonic() >= self._told + _QUIET_S:
+            self._told = time.monotonic()
+            self.console.print(f"  {self._step:<18} {done} of {total or '?'} {unit}")
         self._progress.update(self._task, completed=done, total=total, unit=unit)
 
     def finished(self, step: str, status: str, seconds: float) -> None:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from edgekit.config import Strict
 from edgekit.engine import EngineOptions
@@ -41,12 +41,43 @@ class DivergenceJob(Strict):
     windows: PositiveInt | None = None
 
 
+class Question(Strict):
+    """What is asked, as `edgekit.tasks.Problem` has it, without what the checker knows."""
+
+    prompt: str
+    system: str | None = None
+    chat: bool = True
+
+
+class AnswersJob(Strict):
+    """Questions that a bundle answers by its own strategy."""
+
+    bundle: str
+    """Its directory on the device."""
+    questions: tuple[Question, ...]
+    stop: tuple[str, ...] = ()
+    max_tokens: PositiveInt = 256
+    answer: str = "text"
+    """How answers are compared in a vote."""
+    seed: NonNegativeInt = 0
+
+
+class Answered(Strict):
+    """An answer and its cost."""
+
+    text: str
+    tokens_forward: NonNegativeInt
+    """Positions computed, those of a verifier's own trunk included."""
+    seconds: NonNegativeFloat
+
+
 class Measures(Strict):
     """What to measure; what is left out is not measured."""
 
     latency: LatencyJob | None = None
     """Also gives `peak_rss_bytes`."""
     divergence: DivergenceJob | None = None
+    answers: AnswersJob | None = None
 
 
 class Job(Strict):
@@ -71,6 +102,8 @@ class JobResult(Strict):
     measurements: tuple[Measurement, ...] = ()
     divergence_per_window: tuple[float, ...] = ()
     """Mean KL divergence of each evaluation window, in nats."""
+    answers: tuple[Answered, ...] = ()
+    """In the order of the questions."""
 
 
 @dataclass(frozen=True)

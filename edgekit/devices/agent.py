@@ -1,8 +1,8 @@
 """What runs on a device: `python -m edgekit.devices.agent JOB.json RESULT.jsonl [--end-with-stdin]`.
 
-It appends one JSON object a line, each with a `type`: `build`, `measurement`, `divergence_per_window`, `error`, and
-last `done`. With the flag it ends when its standard input does: whoever held the other end is gone. Nothing but the
-engine, numpy, pydantic and psutil is imported.
+It appends one JSON object a line, each with a `type`: `build`, `measurement`, `divergence_per_window`, `answer`,
+`error`, and last `done`. With the flag it ends when its standard input does: whoever held the other end is gone.
+Nothing but the engine, numpy, pydantic, psutil and, for chat templates, jinja2 is imported.
 """
 
 from __future__ import annotations
@@ -96,6 +96,11 @@ def run_job(job: Job, emit: Emit) -> None:
         for measurement in divergence.measurements(device=device, of=job.of):
             report(measurement)
         emit("divergence_per_window", values=divergence.window_kld)
+    if job.measure.answers is not None:
+        from edgekit.answers import answer_questions
+
+        for answered in answer_questions(job.measure.answers):
+            emit("answer", answer=answered.model_dump(mode="json"))
     # again, with what the opened model told
     emit("build", device=device, info=info)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import edgekit
 import edgekit.errors
-from edgekit.devices import Device, Fingerprint, Job, JobResult, describe_machine
+from edgekit.devices import Answered, Device, Fingerprint, Job, JobResult, describe_machine
 from edgekit.devices.agent import END_WITH_STDIN
 from edgekit.errors import EdgekitError, InputError, ToolError
 from edgekit.measurement import Measurement
@@ -63,6 +63,10 @@ class Local:
                 reference = str(Path(measure.divergence.reference).absolute())
                 divergence = measure.divergence.model_copy(update={"reference": reference})
                 measure = measure.model_copy(update={"divergence": divergence})
+            if measure.answers is not None:
+                bundle = str(Path(measure.answers.bundle).absolute())
+                answers = measure.answers.model_copy(update={"bundle": bundle})
+                measure = measure.model_copy(update={"answers": answers})
             resolved = job.model_copy(update={"model": model, "measure": measure})
             job_path, result_path, log_path = (directory / n for n in ("job.json", "result.jsonl", "stderr.txt"))
             job_path.write_text(resolved.model_dump_json())
@@ -152,8 +156,8 @@ class _Lines:
         for line in text[:end].splitlines():
             fields = json.loads(line)
             self.found.append(fields)
-            if self._progress is not None and fields["type"] == "measurement":
-                self._progress(fields["measurement"]["name"])
+            if self._progress is not None and fields["type"] in ("measurement", "answer"):
+                self._progress(fields["measurement"]["name"] if fields["type"] == "measurement" else "answer")
 
 
 def _result(lines: list[dict[str, Any]], code: int, oom_killed: bool, log: str) -> JobResult:
@@ -171,6 +175,7 @@ def _result(lines: list[dict[str, Any]], code: int, oom_killed: bool, log: str) 
             Measurement.model_validate(line["measurement"]) for line in lines if line["type"] == "measurement"
         ),
         divergence_per_window=tuple(windows),
+        answers=tuple(Answered.model_validate(line["answer"]) for line in lines if line["type"] == "answer"),
     )
 
 

@@ -45,6 +45,7 @@ KNOWN = {
     "ttft_s": Known("Time to first token"),
     "load_s": Known("Load time"),
     "peak_rss_bytes": Known("Peak memory", "most memory the process held"),
+    "answer_tokens_forward": Known("Tokens forward for an answer"),
     "companion_bytes": Known("Verifier", "its weights, and the memory of a trunk of its own"),
     "kv_cache_bytes": Known("KV cache"),
     "compute_buffer_bytes": Known("Compute buffers"),

@@ -11,6 +11,7 @@ from pydantic import NonNegativeInt, PositiveInt, field_validator
 
 from edgekit.artifact import Artifact
 from edgekit.chat import problem_tokens
+from edgekit.companion import open_verifier
 from edgekit.decode import Options, Sampling, Traffic, find_strategy
 from edgekit.engine import EngineOptions
 from edgekit.engines import find_engine
@@ -19,7 +20,6 @@ from edgekit.formats.weights import read_weights
 from edgekit.measure.strategies import Curve, measure_strategies
 from edgekit.stage import Facts, StageContext, StageParams, runnable, stage
 from edgekit.tasks import find_task
-from edgekit.verifier import open_verifier
 
 FILE_NAME = "strategies.json"
 

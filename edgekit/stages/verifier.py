@@ -9,6 +9,7 @@ from typing import Literal, cast
 from pydantic import PositiveInt
 
 from edgekit.artifact import Artifact
+from edgekit.companion import open_verifier
 from edgekit.companions.rollouts import read_states
 from edgekit.companions.verifier import judge, read_trunk
 from edgekit.devices import describe_machine
@@ -27,7 +28,6 @@ from edgekit.verifier import (
     Platt,
     Prefixes,
     load_head,
-    open_verifier,
     read_heldout,
     save_verifier,
 )
