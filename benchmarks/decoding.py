@@ -39,7 +39,7 @@ from edgekit.verifier import WEIGHTS, Constant, RandomVerifier, Verifier, load_h
 
 SAMPLING = Sampling(0.7, top_p=0.95)
 TREES = ("beam", "rebase", "mcts", "vgb")
-WALK_STEPS = 8
+WALK_STEPS = 4
 """Steps of VGB for each of the candidates that the others draw."""
 RESAMPLES = 10_000
 REVISE = "Check your answer and improve it. Reply with the whole answer only."
@@ -70,6 +70,8 @@ class Setting(NamedTuple):
     tokenizer: Path
     problems: list[Problem]
     candidates: list[int]
+    trees: list[int]
+    """Candidates of the searches, which take longest."""
     threads: int
     options: Options
 
@@ -255,15 +257,14 @@ def reviser(setting: Setting, engine: LlamaCpp, problem: Problem) -> Callable[[S
 
 
 def searches(setting: Setting, choices: tuple[Choice, ...], chat: bool) -> Iterator[tuple[Run, Verifier | None]]:
-    """What has a session of its own; the controls take the middle one of the budgets."""
+    """What has a session of its own; the controls take the least of the budgets."""
     for name in ("greedy", "greedy without stop strings", "sample"):
         yield Run(name, "none", 1), None
     controls: dict[str, Verifier] = {"constant": Constant(), "random": RandomVerifier(setting.options.seed)}
     for name in [*TREES, *["revise"] * chat]:
-        for count in setting.candidates:
+        for count in setting.trees:
             yield Run(name, "trained", count), setting.verifier
-        middle = setting.candidates[len(setting.candidates) // 2]
-        yield from ((Run(name, label, middle), control) for label, control in controls.items())
+        yield from ((Run(name, label, setting.trees[0]), control) for label, control in controls.items())
     if choices:
         yield Run("auto", "trained", max(choice.candidates for choice in choices)), setting.verifier
 
@@ -275,7 +276,7 @@ def doublings(first: Sequence[int], last: float) -> list[int]:
 
 def accuracy(setting: Setting, choices: tuple[Choice, ...], limit: int) -> Say:
     """Run everything on every problem and print the table."""
-    task, most = setting.task, max(setting.candidates)
+    task, most = setting.task, max(setting.candidates + setting.trees)
     chat = setting.problems[0].chat
     found: Found = {}
     judged: list[dict[str, float]] = [{} for _ in setting.problems]
@@ -569,6 +570,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=200, help="of the test split")
     parser.add_argument("--tokenizer", type=Path, help="directory with the chat template  [the model's]")
     parser.add_argument("--candidates", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--tree-candidates", type=int, nargs="+", default=[4, 16], help="of beam, rebase, mcts, vgb")
     parser.add_argument("--majority-limit", type=int, default=512, help="most samples of the vote at equal tokens")
     parser.add_argument("--block", type=int, help="tokens of a block  [16, or an eighth of the longest answer if less]")
     parser.add_argument("--choices", type=parse_choice, nargs="*", default=[], metavar="DIFFICULTY:STRATEGY:N",
@@ -588,7 +590,8 @@ def main() -> None:
     manifest, verifier = load_head(arguments.verifier)
     setting = Setting(
         arguments.model, arguments.verifier, verifier, task, arguments.tokenizer or arguments.model.parent,
-        task.problems("test", arguments.problems), sorted(arguments.candidates), arguments.threads, options,
+        task.problems("test", arguments.problems), sorted(arguments.candidates), sorted(arguments.tree_candidates),
+        arguments.threads, options,
     )  # fmt: skip
     if arguments.peak:
         return peak(setting, arguments.peak)

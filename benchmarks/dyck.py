@@ -2,9 +2,10 @@
 
 A small transformer is trained here, too briefly, on words of two kinds of brackets; a value head learns from its
 rollouts. Given beginnings of words, each method answers a number of times. Its accuracy is the fraction of balanced
-words, its diversity the number of distinct balanced words among the answers. Values come from the head everywhere, also
-at the end of a word: no method is told what is balanced. Tokens forward count one position for each token computed;
-wall times say nothing about a device, because the engine here remembers every prefix it has computed.
+words, its diversity the number of distinct balanced words among the answers. In one half of the table values come from
+the head everywhere: no method is told what is balanced. In the other V of a finished word is its outcome, for every
+method and control, as the theory has it. Tokens forward count one position for each token computed; wall times say
+nothing about a device, because the engine here remembers every prefix it has computed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from edgekit.decode import Node, Options, Sampling, Session, find_strategy
 from edgekit.engine import Capabilities, Closing, Entry, FloatArray, StepOutput
 from edgekit.tasks import Problem, Split, choose
 from edgekit.tasks.dyck import balanced, dyck_word
-from edgekit.verifier import Constant, Mlp, RandomVerifier, Verifier
+from edgekit.verifier import SMALLEST, Attention, Constant, RandomVerifier, Verifier, Work
 
 LENGTH = 32
 PAIRS = {"(": ")", "[": "]"}
@@ -205,6 +206,41 @@ class WordEngine(Closing):
 
 # --- the methods
 
+
+@dataclass(frozen=True)
+class Outcome:
+    """A verifier for partial words, and the truth for finished ones."""
+
+    inner: Verifier
+
+    @property
+    def reads(self) -> bool:
+        """As the inner one."""
+        return self.inner.reads
+
+    @property
+    def work(self) -> Work:
+        """As the inner one."""
+        return self.inner.work
+
+    def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> Any:
+        """Remember the word."""
+        return self.inner.begin(prompt, hidden), tuple(prompt)
+
+    def extend(self, state: Any, tokens: Sequence[int], hidden: FloatArray | None) -> Any:
+        """And how it goes on."""
+        return self.inner.extend(state[0], tokens, hidden), (*state[1], *tokens)
+
+    def values(self, states: Sequence[Any], done: Sequence[bool]) -> FloatArray:
+        """V of partial words; nearly 1 or 0 for finished ones."""
+        values = self.inner.values([state for state, _ in states], done).copy()
+        for index, ((_, tokens), ended) in enumerate(zip(states, done, strict=True)):
+            if ended:
+                word = "".join(BRACKETS[token - 2] for token in tokens if token > END)
+                values[index] = 1 - SMALLEST if len(word) == LENGTH and balanced(word) else SMALLEST
+        return values
+
+
 Decode = Callable[[Session], Iterator[Node]]
 
 
@@ -230,6 +266,8 @@ class Method:
     block: int
     effort: int
     """Candidates of a block, or steps of the walk."""
+    outcome: bool = False
+    """Whether V of a finished word is its outcome."""
 
     def decode(self) -> Decode:
         """The strategy; best of n block by block is a beam of one."""
@@ -382,7 +420,11 @@ def main() -> None:
             for split, count in (("train", learn), ("validation", judge))
         ]
         trained = train_head(
-            rollouts[0].answers, rollouts[1].answers, architecture=Mlp(width=64), seed=arguments.seed, threads=1
+            rollouts[0].answers,
+            rollouts[1].answers,
+            architecture=Attention(layers=2, size=64, heads=4, places=LENGTH, distances=LENGTH, width=128),
+            seed=arguments.seed,
+            threads=1,
         )
         figures = {name: metric.value for name, metric in trained.metrics.items()}
         print(
@@ -398,20 +440,25 @@ def main() -> None:
         }
         methods = [
             Method("sample", "none", LENGTH, 1),
-            *(Method("vgb", name, 8, 36) for name in ("constant", "random")),
-            *(Method(name, "random", 4, 8) for name in ("block-best-of-n", "block-rejection")),
         ]
-        blocks, efforts = ((4, 16), (2, 8)) if quick else ((1, 2, 4, 8, 16), (2, 8, 32))
-        for block in blocks:
-            methods += [Method(n, "trained", block, e) for n in ("block-best-of-n", "block-rejection") for e in efforts]
-            # a walk over h blocks needs some h^2 steps
-            square = math.ceil((LENGTH - SHORTEST) / block) ** 2
-            walks = [times * square for times in ((4,) if quick else (4, 16))]
-            methods += [Method("vgb", "trained", block, steps) for steps in walks if steps <= MOST_STEPS]
+        blocks, efforts = ((8,), (2, 8)) if quick else ((1, 4, 16), (2, 8, 32))
+        peers = ("block-best-of-n", "block-rejection")
+        for outcome in (False, True):
+            methods += [Method("vgb", name, 8, 36, outcome) for name in ("constant", "random")]
+            methods += [Method(name, "random", 8, 8, outcome) for name in peers]
+            for block in blocks:
+                methods += [Method(name, "trained", block, effort, outcome) for name in peers for effort in efforts]
+                # a walk over h blocks needs some h^2 steps
+                square = math.ceil((LENGTH - SHORTEST) / block) ** 2
+                walks = [times * square for times in ((4,) if quick else (4, 16))]
+                methods += [Method("vgb", "trained", block, steps, outcome) for steps in walks if steps <= MOST_STEPS]
         problems = task.problems("test", arguments.beginnings or (8 if quick else 16), arguments.seed)
         found = []
         for method in methods:
-            found.append(answer(engine, task, problems, method, verifiers[method.verifier], arguments.answers))
+            verifier = verifiers[method.verifier]
+            if verifier is not None and method.outcome:
+                verifier = Outcome(verifier)
+            found.append(answer(engine, task, problems, method, verifier, arguments.answers))
             one = found[-1]
             means = f"balanced {one.accuracy.mean():.3f}, distinct {one.diversity.mean():.2f}"
             print(f"{method}: {means}, {one.seconds:.1f} s", file=sys.stderr, flush=True)
@@ -422,24 +469,33 @@ def report(found: Sequence[Found], arguments: argparse.Namespace, facts: dict[st
     """Print the table, the verdict and the JSON line."""
     count = len(found[0].accuracy)
     draws = np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
-    others = [one for one in found if one.method.name != "vgb" and one.method.verifier in ("trained", "none")]
+    peers = [one for one in found if one.method.name != "vgb" and one.method.verifier in ("trained", "none")]
+    others = {
+        outcome: [one for one in peers if one.method.outcome == outcome or one.method.verifier == "none"]
+        for outcome in (False, True)
+    }
     rows: list[dict[str, Any]] = []
-    print(f"{'method':<16} {'verifier':<9} {'block':>5} {'n':>4}  balanced {'':<14} distinct {'':<13} tokens  above")
+    print(
+        f"{'method':<16} {'verifier':<9} {'ends by':<8} {'block':>5} {'n':>4}  "
+        f"balanced {'':<14} distinct {'':<13} tokens  above"
+    )
     for one in found:
         method = one.method
         accuracy, diversity = one.interval(one.accuracy, draws), one.interval(one.diversity, draws)
         row = {
             "method": method.name, "verifier": method.verifier, "block": method.block, "effort": method.effort,
+            "outcome": method.outcome,
             "accuracy": accuracy[0], "accuracy_interval": accuracy[1:], "diversity": diversity[0],
             "diversity_interval": diversity[1:], "tokens_forward": float(one.tokens.mean()), "wall_s": one.seconds,
         }  # fmt: skip
         above = ""
         if method.name == "vgb" and method.verifier == "trained":
-            row["above"], *row["above_interval"] = gap(one, others, draws)
+            row["above"], *row["above_interval"] = gap(one, others[method.outcome], draws)
             above = f"{row['above']:+.2f} [{row['above_interval'][0]:+.2f}, {row['above_interval'][1]:+.2f}]"
         rows.append(row)
         print(
-            f"{method.name:<16} {method.verifier:<9} {method.block:>5} {method.effort:>4}  "
+            f"{method.name:<16} {method.verifier:<9} {'outcome' if method.outcome else 'V':<8} "
+            f"{method.block:>5} {method.effort:>4}  "
             f"{accuracy[0]:>8.3f} [{accuracy[1]:.3f}, {accuracy[2]:.3f}] "
             f"{diversity[0]:>8.2f} [{diversity[1]:>5.2f}, {diversity[2]:>5.2f}] {row['tokens_forward']:>6.0f}  {above}"
         )

@@ -371,6 +371,8 @@ def test_a_head_learns_what_needs_an_earlier_position_and_nothing_from_noise() -
     assert trained.metrics["auc_done"].value > 0.9
     assert trained.metrics["auc_within"].value > 0.9
     assert trained.metrics["ece"].value < 0.1
+    for metric in trained.metrics.values():
+        assert metric.ci_low <= metric.value <= metric.ci_high
     assert trained.metrics["auc_done"].ci_low > 0.8
     # a head that does not look at the prompt cannot know
     blind = train_head(train, heldout, architecture=Mlp(width=24), epochs=8, learning_rate=0.01, threads=1)

@@ -98,7 +98,7 @@ def command(
                 if streams(name) and not as_json:
                     stream.show(answer)
             value = float(session.values([answer])[0]) if verifier is not None else None
-            cost = session.cost
+            votes, cost = session.votes, session.cost
     if answer.ended is None:
         click.echo("note: the budget was spent before the answer was finished", err=True)
     if as_json:
@@ -110,6 +110,7 @@ def command(
             "strategy": name,
             "ended": answer.ended or "budget",
             "value": value,
+            "votes": dict(sorted(votes.items(), key=lambda pair: -pair[1])),
             "runs_on": loaded,
             "cost": dataclasses.asdict(cost),
         }

@@ -97,6 +97,8 @@ class Session:
         self._started = time.perf_counter()
         self._cost = Cost()
         self._drawn: list[Node] = []
+        self.votes: dict[str, float] = {}
+        """What each answer of the last vote weighed."""
         self.root = self.begin(prompt)
 
     @property

@@ -23,6 +23,7 @@ def vote(session: Session, nodes: Sequence[Node], weights: Sequence[float]) -> N
         totals[key] = totals.get(key, 0.0) + weight
         if key not in best or weight > best[key][0]:
             best[key] = (weight, node)
+    session.votes = totals
     if not totals:
         return max(nodes, key=lambda node: node.log_probability)
     return best[max(totals, key=lambda key: totals[key])][1]
