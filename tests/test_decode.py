@@ -403,6 +403,34 @@ def test_the_walk_has_the_target_as_its_law_at_leaves_for_any_value(factor: floa
     assert distance(leaf_law(found), goal()) < 0.03
 
 
+def test_where_every_value_is_small_a_step_draws_no_more_than_the_walk_has_patience_for() -> None:
+    from edgekit.decode._walk import PATIENCE, walk
+
+    value = noisy(2.0)
+    matrix = plain_matrix(value)  # a common factor of all values changes nothing
+    tree = Places(lambda prefix: 1e-4 * value(prefix), 1)
+    drawn, most = 0, 0
+    propose = tree.propose
+
+    def counted(node: tuple[int, ...]) -> tuple[int, ...]:
+        nonlocal drawn
+        drawn += 1
+        return propose(node)
+
+    tree.propose = counted  # type: ignore[method-assign]
+    counts = np.zeros_like(matrix)
+    index = {prefix: i for i, prefix in enumerate(PREFIXES)}
+    before = 0
+    for place in itertools.islice(walk(tree, (), np.random.default_rng(2), lambda: False), 15_000):
+        counts[before, index[place]] += 1
+        before, most, drawn = index[place], max(most, drawn), 0
+    assert most == PATIENCE
+    rows = counts.sum(axis=1, keepdims=True)
+    error = np.sqrt(matrix * (1 - matrix) / np.maximum(rows, 1))
+    assert np.all((abs(counts / rows - matrix) <= 5 * error + 1 / PATIENCE)[rows[:, 0] > 100])
+    assert distance(leaf_law(counts.sum(axis=0)), goal()) < 0.1
+
+
 def momentum_matrix(value: Any, momentum: float) -> np.ndarray[Any, Any]:
     """Transition probabilities between (place, direction), by definition."""
     n = len(PREFIXES)

@@ -14,6 +14,9 @@ import numpy as np
 
 N = TypeVar("N")
 
+PATIENCE = 64
+"""Proposals that a step of the walk draws at most."""
+
 
 class Tree(Protocol[N]):
     """A tree of prefixes."""
@@ -39,7 +42,9 @@ def walk(tree: Tree[N], node: N, random: np.random.Generator, stop: Callable[[],
     """Yield the place after every step, until `stop` says so.
 
     No step looks at every child. With V at most 1, the parent is proposed with probability V(v) / (V(v) + 1), else a
-    child is drawn from pi and kept with probability V(va); what is not kept is drawn again, parent or child.
+    child is drawn from pi and kept with probability V(va); what is not kept is drawn again, parent or child. Where V is
+    small everywhere that would take 1 / V draws: after `PATIENCE` of them the move is drawn among the parent and those
+    that were proposed, by their values (importance resampling: its error falls as 1 / PATIENCE).
     """
     while True:
         if random.random() < 0.5:
@@ -47,13 +52,23 @@ def walk(tree: Tree[N], node: N, random: np.random.Generator, stop: Callable[[],
             continue
         back = tree.parent(node)
         mass = 0.0 if back is None else tree.value(node)
+        proposed: list[N] = []
         while not stop():
             if tree.is_leaf(node) or random.random() * (mass + 1) < mass:
                 node = node if back is None else back
                 break
-            child = tree.propose(node)
-            if random.random() < tree.value(child):
-                node = child
+            proposed.append(tree.propose(node))
+            if random.random() < tree.value(proposed[-1]):
+                node = proposed[-1]
+                break
+            if len(proposed) == PATIENCE:
+                # what was not kept has the law pi (1 - V): an odds V / (1 - V) weighs it as V weighs a draw from pi
+                values = np.array([tree.value(child) for child in proposed])
+                odds = np.cumsum(values / (1 - values))
+                if random.random() * (mass + (mean := odds[-1] / (PATIENCE + odds[-1]))) < mean:
+                    node = proposed[int(np.searchsorted(odds, random.random() * odds[-1], side="right"))]
+                else:
+                    node = node if back is None else back
                 break
         else:
             return
