@@ -25,6 +25,7 @@ COMMANDS = {
     "recipes": "List and show recipes.",
     "run": "Generate text with a bundle.",
     "targets": "List and show hardware targets.",
+    "tco": "Say what owning a fleet of devices costs, against cloud and API.",
     "train": "Train a companion for a model: a verifier.",
     "validate": "Check a bundle's files and measure it again.",
 }

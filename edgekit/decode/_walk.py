@@ -14,7 +14,7 @@ import numpy as np
 
 N = TypeVar("N")
 
-PATIENCE = 64
+PATIENCE = 32
 """Proposals that a step of the walk draws at most."""
 
 
