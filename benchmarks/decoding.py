@@ -72,6 +72,7 @@ class Setting(NamedTuple):
     candidates: list[int]
     trees: list[int]
     """Candidates of the searches, which take longest."""
+    searches: list[str]
     threads: int
     options: Options
 
@@ -261,7 +262,7 @@ def searches(setting: Setting, choices: tuple[Choice, ...], chat: bool) -> Itera
     for name in ("greedy", "greedy without stop strings", "sample"):
         yield Run(name, "none", 1), None
     controls: dict[str, Verifier] = {"constant": Constant(), "random": RandomVerifier(setting.options.seed)}
-    for name in [*TREES, *["revise"] * chat]:
+    for name in [*setting.searches, *["revise"] * chat]:
         for count in setting.trees:
             yield Run(name, "trained", count), setting.verifier
         yield from ((Run(name, label, setting.trees[0]), control) for label, control in controls.items())
@@ -571,6 +572,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="directory with the chat template  [the model's]")
     parser.add_argument("--candidates", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--tree-candidates", type=int, nargs="+", default=[4, 16], help="of beam, rebase, mcts, vgb")
+    parser.add_argument("--searches", nargs="*", default=list(TREES), choices=TREES)
     parser.add_argument("--majority-limit", type=int, default=512, help="most samples of the vote at equal tokens")
     parser.add_argument("--block", type=int, help="tokens of a block  [16, or an eighth of the longest answer if less]")
     parser.add_argument("--choices", type=parse_choice, nargs="*", default=[], metavar="DIFFICULTY:STRATEGY:N",
@@ -591,7 +593,7 @@ def main() -> None:
     setting = Setting(
         arguments.model, arguments.verifier, verifier, task, arguments.tokenizer or arguments.model.parent,
         task.problems("test", arguments.problems), sorted(arguments.candidates), sorted(arguments.tree_candidates),
-        arguments.threads, options,
+        arguments.searches, arguments.threads, options,
     )  # fmt: skip
     if arguments.peak:
         return peak(setting, arguments.peak)
