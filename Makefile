@@ -41,10 +41,14 @@ docs: $(READY) ## Generate the reference pages and schemas in docs/
 bench: $(READY) ## Run the benchmarks that take minutes; each prints a table, then one JSON line
 	@for name in $(BENCHMARKS); do echo "== $$name"; $(BIN)/python benchmarks/$$name.py || exit 1; done
 
-bench-decoding: $(READY) ## Train a verifier, build the pair, and print what every strategy gets right and costs
-	$(BIN)/edgekit train verifier --target generic-x86 --recipe gguf-q8 --task arithmetic --out dist/verifier
-	$(BIN)/edgekit build --target generic-x86 --recipe gguf-q8 --verifier dist/verifier --out dist/pair
-	$(BIN)/python benchmarks/decoding.py dist/pair/generic-x86/model.gguf dist/pair/generic-x86/verifier
+PAIR = --target generic-x86 --recipe gguf-q8
+bench-decoding: $(READY) ## Train two verifiers, print what every strategy gets right and costs, and the Dyck words (2 hours)
+	$(BIN)/edgekit train verifier $(PAIR) --task arithmetic --problems 4800 --heldout 400 --out dist/verifier-arithmetic
+	$(BIN)/edgekit train verifier $(PAIR) --task json-extraction --out dist/verifier-json
+	$(BIN)/edgekit build $(PAIR) --verifier dist/verifier-arithmetic --out dist/pair
+	$(BIN)/python benchmarks/decoding.py dist/pair/generic-x86/model.gguf dist/verifier-arithmetic --problems 120
+	$(BIN)/python benchmarks/decoding.py dist/pair/generic-x86/model.gguf dist/verifier-json --task json-extraction \
+		--problems 60 --candidates 4 16 --searches beam rebase --skip speed peer
 	$(BIN)/python benchmarks/dyck.py
 
 matrix: $(READY) ## Build the built-in model through every recipe for four targets, and print the table

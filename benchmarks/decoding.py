@@ -570,10 +570,10 @@ def main() -> None:
     parser.add_argument("--task", default="arithmetic")
     parser.add_argument("--problems", type=int, default=200, help="of the test split")
     parser.add_argument("--tokenizer", type=Path, help="directory with the chat template  [the model's]")
-    parser.add_argument("--candidates", type=int, nargs="+", default=[4, 8, 16, 32])
-    parser.add_argument("--tree-candidates", type=int, nargs="+", default=[4, 16], help="of beam, rebase, mcts, vgb")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[4, 16, 32])
+    parser.add_argument("--tree-candidates", type=int, nargs="+", default=[4], help="of the searches")
     parser.add_argument("--searches", nargs="*", default=list(TREES), choices=TREES)
-    parser.add_argument("--majority-limit", type=int, default=512, help="most samples of the vote at equal tokens")
+    parser.add_argument("--majority-limit", type=int, default=64, help="most samples of the vote at equal tokens")
     parser.add_argument("--block", type=int, help="tokens of a block  [16, or an eighth of the longest answer if less]")
     parser.add_argument("--choices", type=parse_choice, nargs="*", default=[], metavar="DIFFICULTY:STRATEGY:N",
                         help="for `auto`, by rising difficulty; without them it is left out")  # fmt: skip
