@@ -70,9 +70,7 @@ def check_verifier(companion: Companion, base_digest: str, engine: str, tasks: S
             f"one for {trunk.name} ({trunk.source_digest[:12]}...)",
             "edgekit train verifier MODEL, with the same adapters",
         )
-    if companion.has_trunk and engine != "llama_cpp":
-        wanted = f"a recipe for llama.cpp, which runs the {companion.manifest.kind} of this verifier"
-        raise InputError(wanted, f"one for {engine}", "--recipe gguf-q4, or train a head")
+    check_engine(companion.manifest.kind, engine)
     notes = []
     if trunk.engine != engine and not companion.has_trunk:
         notes.append(f"The verifier was trained on the states that {trunk.engine} gives; this bundle runs on {engine}.")
@@ -107,6 +105,13 @@ def open_verifier(directory: Path, base: Engine, options: EngineOptions) -> Iter
     engine: Any = opens(path, own)
     with OwnTrunk(engine, head, to_text=to_text, weight_bytes=engine.weight_bytes) as trunk:
         yield trunk
+
+
+def check_engine(kind: str, engine: str) -> None:
+    """Raise InputError for a verifier with a trunk of its own on another engine than llama.cpp."""
+    if kind != "head" and engine != "llama_cpp":
+        wanted = f"a recipe for llama.cpp, which runs the {kind} of a verifier"
+        raise InputError(wanted, f"one for {engine}", "--recipe gguf-q4, or train a head")
 
 
 def check_tasks(names: Sequence[str]) -> None:

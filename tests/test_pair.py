@@ -312,6 +312,28 @@ def test_wrong_arguments_are_one_clear_error(tiny_hf: Path, arguments: Any, text
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--kind", "model"), "--reward-model DIR"),
+        (("--reward-model", "somewhere"), "--reward-model with the kind head"),
+        (("--kind", "adapter", "--architecture", "mlp"), "whose head is linear"),
+        (("--kind", "adapter", "--recipe", "onnx-int8"), "a recipe for llama.cpp"),
+        (("--kind", "model", "--reward-model", "nowhere"), "nowhere"),
+    ],
+)
+def test_kinds_of_verifiers_that_cannot_be_are_refused_at_once(
+    arguments: Any, text: str, tiny_hf: Path, tmp_path: Path
+) -> None:
+    result = tiny.edgekit(
+        "train", "verifier", tiny_hf, "-t", "jetson", "--task", "arithmetic", "--out", tmp_path / "v", *arguments
+    )
+    assert result.code == 2, result.stderr
+    assert text in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_place_that_holds_something_else_is_left_alone(tiny_hf: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
     result = tiny.edgekit("train", "verifier", tiny_hf, "-t", "jetson", "--task", "arithmetic", "--out", tmp_path)

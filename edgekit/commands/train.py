@@ -20,6 +20,7 @@ from edgekit.bundle import swap
 from edgekit.commands._options import make_plans, model_options
 from edgekit.commands._paths import GivenPath
 from edgekit.commands._progress import ProgressDisplay
+from edgekit.companion import check_engine
 from edgekit.decode import Options, Sampling
 from edgekit.engine import Engine, EngineOptions
 from edgekit.engines import find_engine
@@ -63,7 +64,7 @@ def command() -> None:
     show_default=True,
     help="A head on the model's states, on those of a LoRA of it, or a reward model.",
 )
-@click.option("--architecture", type=click.Choice(list(_SHAPES)), default="attention", show_default=True, help="Head.")
+@click.option("--architecture", type=click.Choice(list(_SHAPES)), help="Of the kind head.  [default: attention]")
 @click.option(
     "--reward-model",
     type=GivenPath(),
@@ -80,7 +81,7 @@ def verifier(
     tasks: tuple[str, ...],
     out: Path,
     kind: str,
-    architecture: str,
+    architecture: str | None,
     reward_model: Path | None,
     problems: int,
     heldout: int,
@@ -101,16 +102,23 @@ def verifier(
     if (kind == "model") != (reward_model is not None):
         given = "--kind model without one" if reward_model is None else f"--reward-model with the kind {kind}"
         raise InputError("--kind model with --reward-model DIR", given, "give both, or neither")
+    if architecture is not None and kind != "head":
+        raise InputError("--architecture with the kind head", f"the kind {kind}, whose head is linear", "leave it out")
     plans = make_plans(**arguments)
     if len(plans) > 1:
         raise InputError("one target", f"{len(plans)}", "train a verifier for each")
     (plan,) = plans
+    check_engine(kind, plan.recipe.engine)
     found = [find_task(name) for name in tasks]
     require("torch")
+    if reward_model is not None:
+        from edgekit.companions.verifier import check_reward_model
+
+        check_reward_model(reward_model)
     check_host(plan)
     _check_place(out)
     options = Options(sampling=Sampling(temperature, top_p=top_p), seed=seed)
-    run = _Run(plan, found, kind, architecture, reward_model, samples, seed, options, threads)
+    run = _Run(plan, found, kind, architecture or "attention", reward_model, samples, seed, options, threads)
     with ProgressDisplay() as display:
         manifest = run.train(out, problems, heldout, display)
     if as_json:

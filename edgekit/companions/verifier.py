@@ -743,17 +743,8 @@ _REWARD_MODELS = {
 }
 
 
-def import_model(directory: Path, out: Path) -> Head:
-    """Part a reward model in Hugging Face layout into a trunk, written to `out`, and its score layer, the head.
-
-    The trunk is a causal language model that engines and converters take: nothing reads its logits, so its head is
-    tied to the embedding. Of two labels, the logit is that of the second less that of the first. The head is not
-    calibrated.
-
-    Raises InputError for an unknown architecture, other than one or two labels, or a score layer that is missing.
-    """
-    from safetensors.torch import load_file, save_file
-
+def check_reward_model(directory: Path) -> tuple[dict[str, Any], str]:
+    """Read the headers of a reward model; returns its config and its architecture. Raises as `import_model` does."""
     config = read_config(directory)
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else "none"
@@ -765,6 +756,23 @@ def import_model(directory: Path, out: Path) -> Head:
     if len(shape) != 2 or shape[0] not in (1, 2):
         wanted = f"a tensor score.weight with 1 or 2 rows in {directory}"
         raise InputError(wanted, f"shape {shape}" if shape else "none", "use a reward model of one score")
+    return config, architecture
+
+
+def import_model(directory: Path, out: Path) -> Head:
+    """Part a reward model in Hugging Face layout into a trunk, written to `out`, and its score layer, the head.
+
+    The trunk is a causal language model that engines and converters take: nothing reads its logits, so its head is
+    tied to the embedding. Of two labels, the logit is that of the second less that of the first. The head is not
+    calibrated.
+
+    Raises InputError for an unknown architecture, other than one or two labels, or a score layer that is missing.
+    """
+    from safetensors.torch import load_file, save_file
+
+    config, architecture = check_reward_model(directory)
+    tensors = read_checkpoint(directory)
+    shape = tensors["score.weight"].shape
     shards = sorted({info.file for info in tensors.values()})
     score: dict[str, Any] = {}
     out.mkdir(parents=True, exist_ok=True)
