@@ -1,0 +1,86 @@
+"""What weights may become: block formats as grids, and error-feedback rounding onto them (`edgekit.grids.solver`).
+
+A grid is a small pure object: the blocks of one format, how their scales are fitted, and their bytes. It holds no
+data. Tensors go in and come out on the device they are on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from edgekit.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAMES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+"""Every grid that `find_grid` knows: types of GGUF."""
+
+
+class Grid(Protocol):
+    """A block format.
+
+    A block is `block` columns of a matrix's input dimension. Its stored scales are float32 (rows, k), whatever their
+    type in the file; its codes are uint8, one per weight.
+    """
+
+    @property
+    def name(self) -> str:
+        """The format's name, e.g. `Q4_K`."""
+        ...
+
+    @property
+    def block(self) -> int:
+        """Columns that are stored together."""
+        ...
+
+    @property
+    def group(self) -> int:
+        """Columns that share one step: `block`, or a part of it where a block holds sub-scales."""
+        ...
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of a block of one row."""
+        ...
+
+    def fit(self, weights: Tensor, importance: Tensor) -> Tensor:
+        """Return the scales (rows, k) as they will be stored, fitted to `weights` float32 (rows, block).
+
+        They minimise the sum of importance * (weight - value)^2 as far as a search finds it. `importance` is positive,
+        (block,) or (rows, block).
+        """
+        ...
+
+    def refit(self, columns: Tensor, importance: Tensor, scales: Tensor, start: int) -> Tensor:
+        """Return `scales` with those of one group fitted again, under what the groups of the block share.
+
+        `columns` (rows, group) begin at column `start` of the block, a multiple of `group`.
+        """
+        ...
+
+    def snap(self, columns: Tensor, scales: Tensor, start: int) -> Tensor:
+        """Return the codes nearest to `columns` (rows, n), which begin at column `start` of the block."""
+        ...
+
+    def values(self, codes: Tensor, scales: Tensor, start: int) -> Tensor:
+        """Return what codes (rows, n) stand for, float32, to the bit as the format's reference computes it."""
+        ...
+
+    def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """Return the bytes, uint8 (rows, bytes_per_block), of codes (rows, block) and their scales."""
+        ...
+
+
+def find_grid(name: str) -> Grid:
+    """Return the grid of a format, `name` in any case. Raises InputError where there is none."""
+    wanted = {known.lower(): known for known in NAMES}.get(name.lower())
+    if wanted is None:
+        raise InputError(
+            f"a format to round onto: {', '.join(NAMES)}",
+            f"{name!r}{suggest(name.upper(), NAMES)}",
+            "choose one of them",
+        )
+    from edgekit.grids import kquants, legacy
+
+    return {**legacy.GRIDS, **kquants.GRIDS}[wanted]

@@ -1,0 +1,196 @@
+"""Rounding a weight matrix onto a grid with error feedback.
+
+The first pass is GPTQ (Frantar et al., arXiv:2210.17323): columns in turn are snapped to the grid, and what a column
+lost is made up for in the columns to come. Its loss is the sum over columns of (error / u_jj)^2, where u is the upper
+Cholesky factor of the inverse Hessian: so 1 / u_jj^2 is the importance that scales are fitted under. Columns with large
+activations go first, as far as blocks and their groups stay whole: no container has to store the order.
+
+Then sweeps: one group at a time is solved again, scales and codes, with all others fixed as they are rounded, and taken
+over in the rows where the loss becomes less (block coordinate descent; with groups of one column it would be QuantEase,
+Behdin et al., arXiv:2309.01885).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from edgekit.errors import InputError
+from edgekit.grids import Grid
+
+_CHUNK = 1 << 24
+"""Weights that are worked on at once: rows do not depend on each other."""
+_LEAST = 1e-6
+"""The least activation that damping supposes, as a part of the mean: some columns never see any."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix on a grid."""
+
+    packed: Tensor
+    """Bytes as the file holds them: uint8 (out, blocks * bytes_per_block)."""
+    matrix: Tensor
+    """What they stand for: float32 (out, in)."""
+    loss: float
+    """tr(E H E^T), E the error of the weights: the mean squared error of the outputs, summed over outputs."""
+
+
+def round_matrix(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.03, sweeps: int = 2) -> Rounded:
+    """Round `weight` onto `grid` so that its outputs change little.
+
+    Args:
+        weight: (out, in) float32.
+        hessian: (in, in), the mean of x x^T over calibration tokens, on the same device.
+        grid: the format; its blocks run along the inputs.
+        damping: what is added to each h of the Hessian's diagonal, as a part of sqrt(h * their mean). GPTQ adds the
+            same to all, which a few channels with huge activations make too much for the others.
+        sweeps: how often every group is solved again after the first pass.
+
+    Raises:
+        InputError: blocks do not divide the inputs, the values are not finite, or the Hessian is not positive definite.
+    """
+    _check(weight, hessian, grid)
+    order = _order(hessian.diagonal(), grid)
+    metric = _damp(hessian, damping)[order][:, order]
+    factor = _inverse_factor(metric).to(weight.dtype)
+    metric, back = metric.to(weight.dtype), order.argsort()
+    packed, matrix = [], []
+    for rows in weight.split(max(1, _CHUNK // len(order))):
+        work = _Work(rows[:, order], metric, factor, grid, order.tolist())
+        work.first_pass()
+        for _ in range(sweeps):
+            work.sweep()
+        blocks = work.codes[:, back].split(grid.block, 1)
+        packed.append(torch.cat([grid.pack(codes, s) for codes, s in zip(blocks, work.scales, strict=True)], 1))
+        matrix.append(work.matrix[:, back])
+    rounded = torch.cat(matrix)
+    return Rounded(torch.cat(packed), rounded, proxy_loss(weight - rounded, hessian))
+
+
+def proxy_loss(error: Tensor, hessian: Tensor) -> float:
+    """Return tr(E H E^T) for the error (out, in) of a weight matrix."""
+    return float(((error @ hessian.to(error.dtype)) * error).sum(dtype=torch.float64))
+
+
+class _Work:
+    """Rows being rounded. Columns are in the order of work, `scales` by the block's place in the matrix."""
+
+    def __init__(self, weight: Tensor, metric: Tensor, factor: Tensor, grid: Grid, places: list[int]) -> None:
+        self.grid = grid
+        self.weight, self.metric, self.factor = weight, metric, factor
+        self.places = places
+        """Of each column in the matrix."""
+        self.matrix = torch.zeros_like(weight)
+        self.codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
+        self.scales = [weight] * (weight.shape[1] // grid.block)
+
+    def first_pass(self) -> None:
+        """Round all columns, each made up for in those after it."""
+        grid, factor = self.grid, self.factor
+        importance = factor.diagonal() ** -2
+        targets = self.weight.clone()
+        for at in range(0, len(self.places), grid.group):
+            here, rest = slice(at, at + grid.group), slice(at + grid.group, None)
+            place = self.places[at] // grid.block
+            begins = at % grid.block == 0
+            if begins:
+                back = self._back(at, grid.block)
+                self.scales[place] = grid.fit(targets[:, back], importance[back])
+            self.scales[place], codes, values, errors = self._round(
+                at, targets[:, here], factor[here, here], refit=not begins
+            )
+            self.codes[:, here], self.matrix[:, here] = codes, values
+            targets[:, rest].addmm_(errors, factor[here, rest], alpha=-1)
+
+    def sweep(self) -> None:
+        """Solve every group again with all others fixed."""
+        grid = self.grid
+        gradient = (self.weight - self.matrix) @ self.metric
+        for at in range(0, len(self.places), grid.group):
+            here = slice(at, at + grid.group)
+            metric, old = self.metric[here, here], self.matrix[:, here]
+            factor = _inverse_factor(metric).to(metric.dtype)
+            # where the loss is least over all real values of this group
+            target = old + gradient[:, here] @ factor.T @ factor
+            scales, codes, values, _ = self._round(at, target, factor, refit=True)
+            better = _row_loss(target - values, metric) < _row_loss(target - old, metric)
+            place = self.places[at] // grid.block
+            self.scales[place] = torch.where(better, scales, self.scales[place])
+            self.codes[:, here] = torch.where(better, codes, self.codes[:, here])
+            values = torch.where(better, values, old)
+            gradient.addmm_(values - old, self.metric[here], alpha=-1)
+            self.matrix[:, here] = values
+
+    def _back(self, at: int, count: int) -> list[int]:
+        """Positions of `count` columns from `at`, sorted by their place in the matrix."""
+        return sorted(range(at, at + count), key=self.places.__getitem__)
+
+    def _round(self, at: int, x: Tensor, factor: Tensor, *, refit: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Round the group at position `at` to columns `x` (out, group), feeding errors forward within it.
+
+        Returns the block's scales, and the codes, values and scaled errors of the group.
+        """
+        grid = self.grid
+        place = self.places[at] // grid.block
+        offsets = [column - place * grid.block for column in self.places[at : at + grid.group]]
+        scales = self.scales[place]
+        if refit:
+            back = [position - at for position in self._back(at, grid.group)]
+            scales = grid.refit(x[:, back], factor.diagonal()[back] ** -2, scales, min(offsets))
+        x, codes = x.clone(), torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        values, errors = torch.empty_like(x), torch.empty_like(x)
+        for j, offset in enumerate(offsets):
+            column = slice(j, j + 1)
+            codes[:, column] = grid.snap(x[:, column], scales, offset)
+            values[:, column] = grid.values(codes[:, column], scales, offset)
+            errors[:, column] = (x[:, column] - values[:, column]) / factor[j, j]
+            x[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
+        return scales, codes, values, errors
+
+
+def _row_loss(error: Tensor, metric: Tensor) -> Tensor:
+    return ((error @ metric) * error).sum(1, keepdim=True)
+
+
+def _order(diagonal: Tensor, grid: Grid) -> Tensor:
+    """Return columns by falling activations: blocks, groups within their block, columns within their group."""
+    energy = diagonal.unflatten(0, (-1, grid.block // grid.group, grid.group))
+    columns = torch.arange(len(diagonal), device=diagonal.device).view(energy.shape)
+    columns = columns.gather(2, energy.argsort(dim=2, descending=True, stable=True))
+    groups = energy.sum(2).argsort(dim=1, descending=True, stable=True)
+    columns = columns.gather(1, groups[:, :, None].expand(columns.shape))
+    return columns[energy.sum((1, 2)).argsort(descending=True, stable=True)].flatten()
+
+
+def _damp(hessian: Tensor, damping: float) -> Tensor:
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
+    share = damping * (diagonal.clamp_min(_LEAST * mean) * mean).sqrt()
+    # a matrix that no calibration token reached is rounded to the nearest
+    return hessian + torch.where(mean > 0, share, 1.0).diag()
+
+
+def _inverse_factor(metric: Tensor) -> Tensor:
+    """Return the upper triangular u with u^T u = metric^-1, float64."""
+    # with the order of rows and columns reversed, the lower factor of the metric becomes its upper one
+    lower, failed = torch.linalg.cholesky_ex(metric.double().flip(0, 1))
+    if failed:
+        raise InputError("a positive definite Hessian", "one that is not", "raise the damping")
+    identity = torch.eye(len(metric), dtype=torch.float64, device=metric.device)
+    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+
+
+def _check(weight: Tensor, hessian: Tensor, grid: Grid) -> None:
+    columns = weight.shape[1]
+    if columns % grid.block:
+        raise InputError(
+            f"rows of a multiple of {grid.block} weights for {grid.name}", f"{columns}", "choose a format of 32 weights"
+        )
+    if hessian.shape != (columns, columns):
+        raise ValueError(f"a Hessian of {columns} columns, not {tuple(hessian.shape)}")
+    for name, values in (("weights", weight), ("activations", hessian)):
+        if not values.isfinite().all():
+            raise InputError(f"finite {name}", "infinities or values that are no numbers", "check the checkpoint")
