@@ -8,8 +8,8 @@ from pathlib import Path
 
 from edgekit.bundle import open_bundle, open_engine, open_verifier
 from edgekit.chat import problem_tokens
-from edgekit.decode import Session, Traffic, find_strategy, streams
-from edgekit.devices import Answered, AnswersJob
+from edgekit.decode import Session, find_strategy, streams
+from edgekit.devices import Answered, AnswersJob, Question
 from edgekit.measurement import Measurement, median_interval, share_interval
 from edgekit.tasks import Problem, Task
 
@@ -27,9 +27,8 @@ def answer_questions(job: AnswersJob) -> Iterator[Answered]:
             options = settings.decode.options(
                 stop=job.stop, max_tokens=job.max_tokens, answer=job.answer, seed=job.seed + index
             )
-            traffic = Traffic(**settings.traffic.model_dump())
             tokens = problem_tokens(engine, tokenizer, problem)
-            with closing(Session(engine, tokens, options, verifier, traffic)) as session:
+            with closing(Session(engine, tokens, options, verifier, settings.traffic.counted())) as session:
                 *_, node = find_strategy(name)(session)
                 cost = session.cost
             forward = cost.tokens_forward + cost.verifier_tokens
@@ -40,7 +39,7 @@ def questions(task: Task, problems: Sequence[Problem], bundle: Path, seed: int =
     """The job that asks a task's problems; what the checker knows stays here."""
     return AnswersJob(
         bundle=str(bundle),
-        questions=tuple({"prompt": p.prompt, "system": p.system, "chat": p.chat} for p in problems),  # type: ignore[misc]
+        questions=tuple(Question(prompt=p.prompt, system=p.system, chat=p.chat) for p in problems),
         stop=task.stop,
         max_tokens=task.max_tokens,
         answer=task.answer,

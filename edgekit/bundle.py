@@ -29,7 +29,7 @@ from edgekit.artifact import (
 )
 from edgekit.build import Built
 from edgekit.config import Strict, explain
-from edgekit.decode import Choice, Options, Sampling
+from edgekit.decode import Choice, Options, Sampling, Traffic
 from edgekit.engine import Engine, EngineOptions
 from edgekit.engines import find_engine
 from edgekit.errors import InputError
@@ -90,6 +90,10 @@ class TrafficSettings(Strict):
     weight_bytes: NonNegativeInt = 0
     kv_bytes_per_token: NonNegativeInt = 0
     watts: NonNegativeFloat | None = None
+
+    def counted(self) -> Traffic:
+        """As a session takes it."""
+        return Traffic(**self.model_dump())
 
 
 class Settings(Strict):

@@ -25,6 +25,14 @@ class Strict(BaseModel):
 M = TypeVar("M", bound=Strict)
 
 
+def yaml_value(text: str) -> Any:
+    """What a value on the command line says, read as YAML; the text itself where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
 class Document:
     """A parsed YAML file that remembers the line of each of its values."""
 

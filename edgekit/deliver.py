@@ -133,6 +133,7 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
         fallbacks=tuple(Fallback(**fallback) for fallback in built.result.facts.get("fallbacks", ())),
         memory=(
             MemoryPart(name="weights", bytes=plan.memory.weight_bytes),
+            *([MemoryPart(name="verifier", bytes=plan.memory.companion_bytes)] if plan.companion else []),
             MemoryPart(name="KV cache", bytes=plan.memory.kv_cache_bytes),
             MemoryPart(name="compute buffers", bytes=plan.memory.compute_buffer_bytes),
             MemoryPart(name="margin", bytes=plan.memory.margin_bytes),

@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from edgekit.adapter import PREPENDED, Adapter
 from edgekit.companion import Companion
-from edgekit.config import Document, Strict, explain
+from edgekit.config import Document, Strict, explain, yaml_value
 from edgekit.decode import needs_verifier
 from edgekit.engines import engine_names, find_engine
 from edgekit.errors import InputError, suggest
@@ -172,11 +171,7 @@ def parse_overrides(texts: tuple[str, ...]) -> Overrides:
         match = re.fullmatch(r"([\w-]+)\.([\w-]+)=(.*)", text, re.DOTALL)
         if match is None:
             raise InputError("--set STAGE.PARAM=VALUE", repr(text), "e.g. --set gguf.type=Q5_K_M")
-        try:
-            value = yaml.safe_load(match[3])
-        except (yaml.YAMLError, ValueError):
-            value = match[3]
-        parsed[match[1], match[2]] = value
+        parsed[match[1], match[2]] = yaml_value(match[3])
     return parsed
 
 

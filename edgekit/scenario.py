@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
-from edgekit.config import Document, Strict, explain
+from edgekit.config import Document, Strict, explain, yaml_value
 from edgekit.errors import InputError, suggest
 from edgekit.target import Name, Text
 
@@ -251,10 +250,7 @@ def parse_overrides(texts: tuple[str, ...]) -> Overrides:
         match = re.fullmatch(r"([\w-]+(?:\.[\w-]+)*)=(.*)", text, re.DOTALL)
         if match is None:
             raise InputError("--set PATH=VALUE", repr(text), "e.g. --set hardware.price=300")
-        try:
-            value = yaml.safe_load(match[2])
-        except (yaml.YAMLError, ValueError):
-            value = match[2]
+        value = yaml_value(match[2])
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         parsed[match[1]] = {"value": value, "source": "--set"} if is_number else value
     return parsed

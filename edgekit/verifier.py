@@ -55,7 +55,7 @@ class Work(NamedTuple):
     """Weights that were read for them."""
 
 
-_NO_WORK = Work()
+NO_WORK = Work()
 
 
 class Verifier(Protocol):
@@ -93,7 +93,7 @@ class Constant:
 
     value: float = 0.5
     reads: bool = False
-    work: Work = _NO_WORK
+    work: Work = NO_WORK
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
         """Nothing is remembered."""
@@ -114,7 +114,7 @@ class RandomVerifier:
 
     seed: int
     reads: bool = False
-    work: Work = _NO_WORK
+    work: Work = NO_WORK
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
         """Remember the tokens."""
@@ -253,11 +253,9 @@ class Attention(Strict):
             "score_bias": (1,),
         }
 
-    def token_rows(self, tokens: Sequence[int]) -> npt.NDArray[np.intp]:
-        """Rows of the table of token vectors, shape (tokens,)."""
-        known, wanted = np.array((-1, *self.vocabulary)), np.asarray(tokens, np.int64)
-        row = np.searchsorted(known, wanted)
-        return np.where(known[np.minimum(row, len(known) - 1)] == wanted, row, 0)
+    def known_tokens(self) -> npt.NDArray[np.int64]:
+        """The tokens of the rows of the table of token vectors; that of all others comes first."""
+        return np.array((-1, *self.vocabulary), np.int64)
 
 
 Architecture = Annotated[Linear | Mlp | Attention, Field(discriminator="name")]
@@ -396,7 +394,7 @@ class Head:
     @property
     def work(self) -> Work:
         """Nothing but the head."""
-        return Work()
+        return NO_WORK
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> State:
         """Read the prompt and the state of its last position, shape (1, hidden size); an empty one may have None."""
@@ -529,6 +527,13 @@ class _Layers:
         return result
 
 
+def token_rows(known: npt.NDArray[np.int64], tokens: Sequence[int]) -> npt.NDArray[np.intp]:
+    """Rows of the table of token vectors, shape (tokens,); `known` is what `Attention.known_tokens` gave."""
+    wanted = np.asarray(tokens, np.int64)
+    row = np.searchsorted(known, wanted)
+    return np.where(known[np.minimum(row, len(known) - 1)] == wanted, row, 0)
+
+
 class _Attended(NamedTuple):
     memory: FloatArray
     """Keys and values of the positions read, shape (layers, positions, 2, size)."""
@@ -541,6 +546,7 @@ class _Attended(NamedTuple):
 class _AttentionHead:
     def __init__(self, architecture: Attention, tensors: Mapping[str, FloatArray]) -> None:
         self._shape = architecture
+        self._known = architecture.known_tokens()
         self._embed = _Projection(tensors["embed"], tensors["mean"], tensors["std"])
         self._tokens, self._places, self._finished = tensors["tokens"], tensors["places"], tensors["finished"]
         self._distances = tensors["distances"]
@@ -562,19 +568,19 @@ class _AttentionHead:
             return state
         place = np.arange(count) + before - state.prompt if answer else np.arange(count)[::-1]
         row = self._places[int(answer), np.minimum(place, self._shape.places - 1)]
-        row = row + self._tokens[self._shape.token_rows(tokens)]
+        row = row + self._tokens[token_rows(self._known, tokens)]
         given = hidden[-count:]
         row[count - len(given) :] += self._embed(given)
         prompt = state.prompt if answer else count
         half = (np.arange(before + count) >= prompt)[None]
         lengths = before + 1 + np.arange(count)
-        kept = []
-        for layer, old in enumerate(state.memory):
-            memory = np.concatenate([old, (row @ self._key_value[layer]).reshape(count, 2, -1)])
-            kept.append(memory)
+        memory = np.empty((self._shape.layers, before + count, 2, self._shape.size), np.float32)
+        memory[:, :before] = state.memory
+        for layer in range(self._shape.layers):
+            memory[layer, before:] = (row @ self._key_value[layer]).reshape(count, 2, -1)
             if layer + 1 < self._shape.layers:
-                row = self._layer(layer, row[None], memory[None], half, lengths[None])[0]
-        return _Attended(np.stack(kept), row[-1], prompt)
+                row = self._layer(layer, row[None], memory[layer][None], half, lengths[None])[0]
+        return _Attended(memory, row[-1], prompt)
 
     def logits(self, states: Sequence[_Attended], done: FloatArray) -> FloatArray:
         lengths = np.array([[max(state.memory.shape[1], 1)] for state in states])
@@ -653,7 +659,7 @@ class OwnTrunk(Closing):
         if not engine.capabilities.hidden_states:
             raise InputError("an engine with hidden states", "one without", "open the verifier with another engine")
         self._engine, self._head, self._to_text = engine, head, to_text
-        self._weight_bytes, self._work = weight_bytes, Work()
+        self._weight_bytes, self._work = weight_bytes, NO_WORK
         self._sequence: int | None = None
         self._held: tuple[int, ...] = ()
 

@@ -59,6 +59,7 @@ from edgekit.verifier import (
     load_head,
     read_heldout,
     save_verifier,
+    token_rows,
     verify_files,
 )
 
@@ -211,8 +212,8 @@ def test_what_a_head_sees(architecture: Any) -> None:
 
 
 def test_a_token_outside_the_vocabulary_shares_one_vector() -> None:
-    assert list(Attention(vocabulary=(2, 5, 9)).token_rows([9, 2, 3, 5, 10, 0])) == [3, 1, 0, 2, 0, 0]
-    assert list(Attention().token_rows([0, 7])) == [0, 0]
+    assert list(token_rows(Attention(vocabulary=(2, 5, 9)).known_tokens(), [9, 2, 3, 5, 10, 0])) == [3, 1, 0, 2, 0, 0]
+    assert list(token_rows(Attention().known_tokens(), [0, 7])) == [0, 0]
 
 
 def test_extreme_states_stay_strictly_inside() -> None:

@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from edgekit.report import figures as fig
+from edgekit.report.html import style_sheet
 from edgekit.report.markdown import code, table, text
 from edgekit.scenario import Kind
 from edgekit.tco import HEADLINE, PARTS, BuildCosts, Costs, Estimate, InputRow
@@ -295,18 +296,11 @@ def _template() -> Template:
     return environment.from_string(files("edgekit.commands").joinpath("tco.html.j2").read_text("utf-8"))
 
 
-@cache
-def _style() -> Markup:
-    """The style sheet of the build's report, so that both pages look alike."""
-    page = files("edgekit.report").joinpath("report.html.j2").read_text("utf-8")
-    return Markup(page.partition("<style>")[2].partition("</style>")[0])  # noqa: S704 - a file of this package
-
-
 def html(costs: Costs) -> str:
     """The result as one HTML file: no script, no request. Values are escaped by the template and in the plots."""
     page = _template().render(
         costs=costs,
-        style=_style(),
+        style=style_sheet(),
         rows=rows(costs),
         sentences=sentences(costs),
         inputs=inputs(costs),
@@ -348,7 +342,7 @@ def bars(costs: Costs) -> str:
                 start += width
             y += 40
         y += 8
-    return _svg("stack", y, "Cost of 1M output tokens by share of busy time", body)
+    return fig.svg("stack", y, "Cost of 1M output tokens by share of busy time", body)
 
 
 def curves(costs: Costs) -> str:
@@ -393,7 +387,7 @@ def curves(costs: Costs) -> str:
                 tip = escape(f"{fig.clean(build.name)} against {offer.name}: {fig.number(at)} months")
                 place = f'cx="{100 * at / months:.3f}%" cy="{y(paid):.1f}"'
                 body.append(f'<circle class="even o{index % BUILD_LINES}" {place} r="4"><title>{tip}</title></circle>')
-    return _svg("columns", base + 26, "Paid after each month: owning against each offer", body)
+    return fig.svg("columns", base + 26, "Paid after each month: owning against each offer", body)
 
 
 def _short(value: float) -> str:
@@ -434,10 +428,4 @@ def tornado(build: BuildCosts, currency: str) -> str:
     if 18 < x(base) < 82:
         body.append(f'<text x="{x(base):.3f}%" y="{height + 14}" text-anchor="middle">{fig.number(base)}</text>')
     title = f"Cost of 1M output tokens of {fig.clean(build.name)} with each input at its low and its high end"
-    return _svg("tornado", height + 20, title, body)
-
-
-def _svg(style: str, height: int, title: str, body: Sequence[str]) -> str:
-    label = escape(title)
-    head = f'<svg class="{style}" height="{height}" role="img" aria-label="{label}"><title>{label}</title>'
-    return f"{head}{''.join(body)}</svg>"
+    return fig.svg("tornado", height + 20, title, body)

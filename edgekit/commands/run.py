@@ -16,7 +16,7 @@ import click
 from edgekit.bundle import Bundle, open_bundle, open_engine, open_verifier
 from edgekit.chat import render_chat
 from edgekit.commands._paths import GivenPath
-from edgekit.decode import Budget, Node, Session, Traffic, find_strategy, needs_verifier, strategy_names, streams
+from edgekit.decode import Budget, Node, Session, find_strategy, needs_verifier, strategy_names, streams
 from edgekit.engine import MAX_THREADS, Engine
 from edgekit.errors import InputError
 
@@ -90,8 +90,7 @@ def command(
                 "shorten it, or build with a longer --context",
             )
         options = settings.decode.options(**changes, budget=budget, seed=seed, revise=conversation.reviser(engine))
-        traffic = Traffic(**settings.traffic.model_dump())
-        with closing(Session(engine, tokens, options, verifier, traffic)) as session:
+        with closing(Session(engine, tokens, options, verifier, settings.traffic.counted())) as session:
             answer = session.root
             stream = _Stream(options.stop)
             for answer in decode(session):

@@ -215,7 +215,9 @@ class _Run:
             trained = train_adapter(checkpoint, work / ADAPTER_DIRECTORY, *known, progress=progress, **common)
             return trained, [f"{ADAPTER_DIRECTORY}/{name}" for name in (CONFIG, WEIGHTS)], False
         assert self.reward_model is not None
-        trained, reads_text = judge_model(self.reward_model, work / MODEL_DIRECTORY, known[1], checkpoint)
+        trained, reads_text = judge_model(
+            self.reward_model, work / MODEL_DIRECTORY, known[1], checkpoint, threads=common["threads"]
+        )
         return (
             trained,
             sorted(f"{MODEL_DIRECTORY}/{name}" for name in relative_files(work / MODEL_DIRECTORY)),

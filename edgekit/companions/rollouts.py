@@ -15,7 +15,7 @@ from edgekit.decode import Options, Session
 from edgekit.engine import Engine, FloatArray
 from edgekit.errors import InputError
 from edgekit.tasks import Problem, Task
-from edgekit.verifier import Prefixes, Work
+from edgekit.verifier import NO_WORK, Prefixes, Work
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class _Recorder:
     """A verifier in form only: what it remembers are the states themselves, shape (positions, hidden size)."""
 
     reads: bool = True
-    work: Work = Work()  # noqa: RUF009 - a tuple
+    work: Work = NO_WORK
 
     def begin(self, prompt: Sequence[int], hidden: FloatArray | None) -> Any:
         """The prompt's last position."""

@@ -22,11 +22,23 @@ from edgekit.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from edgekit.adapter import read_adapter
 from edgekit.engine import EngineOptions, FloatArray
 from edgekit.errors import InputError, suggest
-from edgekit.formats.safetensors import read_checkpoint
+from edgekit.formats.safetensors import TensorInfo, read_checkpoint
 from edgekit.huggingface import load_model, load_tokenizer, quiet
 from edgekit.model import ARCHITECTURES, gguf_names, read_config
 from edgekit.tools import copy_file
-from edgekit.verifier import Attention, Head, Isotonic, Linear, Metric, Mlp, OwnTrunk, Platt, Prefixes, head_tensors
+from edgekit.verifier import (
+    Attention,
+    Head,
+    Isotonic,
+    Linear,
+    Metric,
+    Mlp,
+    OwnTrunk,
+    Platt,
+    Prefixes,
+    head_tensors,
+    token_rows,
+)
 
 Array = npt.NDArray[Any]
 Doubles = npt.NDArray[np.float64]
@@ -510,12 +522,13 @@ def collate(items: Sequence[Labelled], architecture: Linear | Mlp | Attention) -
     tokens = np.zeros((len(items), longest + answer), np.int64)
     position = np.zeros((len(items), prefixes), np.int64)
     done, labels, counts = np.zeros((3, len(items), prefixes), np.float32)
+    table = architecture.known_tokens() if isinstance(architecture, Attention) else None
     for row, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
         own, count = item.prefixes, len(item.prefixes.positions)
         hidden[row, : len(item.hidden)] = item.hidden
-        if isinstance(architecture, Attention):
-            known = architecture.token_rows((*prompt, *own.answer))
-            tokens[row, longest - len(prompt) : longest + len(own.answer)] = known
+        if table is not None:
+            found = token_rows(table, (*prompt, *own.answer))
+            tokens[row, longest - len(prompt) : longest + len(own.answer)] = found
         position[row, :count] = own.positions
         done[row, :count], labels[row, :count], counts[row, :count] = own.done, own.labels, item.count
     first = np.array([longest - len(prompt) for prompt in prompts])
@@ -743,8 +756,8 @@ _REWARD_MODELS = {
 }
 
 
-def check_reward_model(directory: Path) -> tuple[dict[str, Any], str]:
-    """Read the headers of a reward model; returns its config and its architecture. Raises as `import_model` does."""
+def check_reward_model(directory: Path) -> tuple[dict[str, Any], str, Mapping[str, TensorInfo]]:
+    """Read the headers of a reward model: its config, architecture and tensors. Raises as `import_model` does."""
     config = read_config(directory)
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else "none"
@@ -756,7 +769,7 @@ def check_reward_model(directory: Path) -> tuple[dict[str, Any], str]:
     if len(shape) != 2 or shape[0] not in (1, 2):
         wanted = f"a tensor score.weight with 1 or 2 rows in {directory}"
         raise InputError(wanted, f"shape {shape}" if shape else "none", "use a reward model of one score")
-    return config, architecture
+    return config, architecture, tensors
 
 
 def import_model(directory: Path, out: Path) -> Head:
@@ -770,8 +783,7 @@ def import_model(directory: Path, out: Path) -> Head:
     """
     from safetensors.torch import load_file, save_file
 
-    config, architecture = check_reward_model(directory)
-    tensors = read_checkpoint(directory)
+    config, architecture, tensors = check_reward_model(directory)
     shape = tensors["score.weight"].shape
     shards = sorted({info.file for info in tensors.values()})
     score: dict[str, Any] = {}
@@ -814,6 +826,7 @@ def judge_model(
     base: Path,
     *,
     calibration: CalibrationKind = "platt",
+    threads: int = 2,
 ) -> tuple[Trained, bool]:
     """Import a reward model, calibrate it on held-out answers of a base, and judge it there, in float32.
 
@@ -823,6 +836,7 @@ def judge_model(
         heldout: Labelled answers, in the tokens of the base.
         base: Checkpoint of the base, whose tokenizer is compared.
         calibration: `platt` or `isotonic`.
+        threads: Of the CPU.
 
     Returns the head, and whether the model has another tokenizer than the base and so is given text.
     """
@@ -833,8 +847,9 @@ def judge_model(
     theirs, ours = (load_tokenizer(path) for path in (out, base))
     reads_text = bool(theirs.get_vocab() != ours.get_vocab())
     longest = max(len(item.prompt) + len(item.answer) for item in heldout)
-    options = EngineOptions(context_tokens=(4 if reads_text else 1) * longest + 2, fall_back=True)
-    to_text = (lambda tokens: str(ours.decode(tokens))) if reads_text else None
+    options = EngineOptions(context_tokens=(4 if reads_text else 1) * longest + 2, threads=threads, fall_back=True)
+    # as the device does it: without control tokens
+    to_text = (lambda tokens: str(ours.decode(tokens, skip_special_tokens=True))) if reads_text else None
     with OwnTrunk(find_engine("torch_reference").open_model(out, options), head, to_text=to_text) as trunk:
         read = read_trunk(trunk, [item for item in heldout if item.positions])
     chosen, metrics = judge(head, read, calibration=calibration)

@@ -268,7 +268,7 @@ def bar_stack(segments: Sequence[Segment], limit_bytes: float | None, title: str
         anchor = "start" if at < 3 else "end" if at > 94 else "middle"
         body.append(f'<line class="axis" x1="{at:.3f}%" x2="{at:.3f}%" y1="48" y2="53"/>')
         body.append(f'<text x="{at:.3f}%" y="67" text-anchor="{anchor}">{tick:g}{f" {unit}" if tick else ""}</text>')
-    return _svg("stack", 72, title, body)
+    return svg("stack", 72, title, body)
 
 
 def columns_with_band(values: Sequence[float], mean: float, low: float, high: float, title: str) -> str:
@@ -299,7 +299,7 @@ def columns_with_band(values: Sequence[float], mean: float, low: float, high: fl
     body.append(f'<line class="axis" x1="0" x2="100%" y1="{base}" y2="{base}"/>')
     for index in sorted({0, len(values) // 2, len(values) - 1} if values else set()):
         body.append(f'<text x="{pitch * (index + 0.5):.3f}%" y="197" text-anchor="middle">{index + 1}</text>')
-    return _svg("columns", height, title, body)
+    return svg("columns", height, title, body)
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def scatter(dots: Sequence[Dot], title: str) -> str:
         body.append(
             f'<circle class="{dot.style}" cx="{at}" cy="{y(dot.y):.1f}" r="5"><title>{escape(tip)}</title></circle>'
         )
-    return _svg("columns", base + 26, title, body)
+    return svg("columns", base + 26, title, body)
 
 
 def share_bar(value: float, extent: float, style: str = "bar") -> str:
@@ -359,7 +359,8 @@ def _share(value: float, extent: float) -> float:
     return min(100.0, 100 * max(0.0, value) / extent) if extent > 0 else 0.0
 
 
-def _svg(style: str, height: int, title: str, body: Sequence[str]) -> str:
+def svg(style: str, height: int, title: str, body: Sequence[str]) -> str:
+    """Frame the elements of a plot, of the page's width; `body` is escaped already."""
     label = escape(title)
     head = f'<svg class="{style}" height="{height}" role="img" aria-label="{label}"><title>{label}</title>'
     return f"{head}{''.join(body)}</svg>"

@@ -30,11 +30,18 @@ def _template() -> Template:
     return environment.from_string(files("edgekit.report").joinpath("report.html.j2").read_text("utf-8"))
 
 
+@cache
+def style_sheet() -> Markup:
+    """The style sheet of every page that this package writes."""
+    return Markup(files("edgekit.report").joinpath("style.css").read_text("utf-8"))  # noqa: S704 - a file of ours
+
+
 def render(report: Report) -> str:
     """Render the whole report. Every value from the report is escaped: by the template, in SVG by `figures`."""
     memory = summary.memory_on_target(report)
     page = _template().render(
         report=report,
+        style=style_sheet(),
         verdict=summary.verdict(report),
         model=summary.model_name(report),
         target=summary.target_title(report),
