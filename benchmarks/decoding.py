@@ -38,6 +38,8 @@ from edgekit.tasks import Problem, Task, find_task
 from edgekit.verifier import WEIGHTS, Constant, RandomVerifier, Verifier, load_head
 
 SAMPLING = Sampling(0.7, top_p=0.95)
+SERVER_SAMPLING = Sampling(0.7, top_k=40, top_p=0.95, min_p=0.05)
+"""What llama.cpp's server does with a request that names the temperature and no penalty for repetition."""
 TREES = ("beam", "rebase", "mcts", "vgb")
 WALK_STEPS = 4
 """Steps of VGB for each of the candidates that the others draw."""
@@ -449,6 +451,7 @@ class Model(OpenAICompatibleLanguageModel):
     def _prepare_request_data(self, *arguments, **options):
         data = super()._prepare_request_data(*arguments, **options)
         data["max_tokens"] = data.pop("max_completion_tokens")
+        data["repeat_penalty"] = 1.0
         return data
 
 class Length(AbstractOutcomeRewardModel):
@@ -474,7 +477,7 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 """
 
 
-def peer(setting: Setting, python: str, problems: int, count: int = 16, longest: int = 64) -> Say | None:
+def peer(setting: Setting, python: str, threads: int, problems: int, count: int = 16, longest: int = 64) -> Say | None:
     """Wall time of best of n for the same chat prompts; the peer's scoring is free, ours is the verifier's.
 
     its_hub only talks chat, so a task that continues text is asked as a message; its answers are not judged here.
@@ -489,9 +492,8 @@ def peer(setting: Setting, python: str, problems: int, count: int = 16, longest:
     walls: dict[str, list[float]] = {"edgekit": [], "its_hub": []}
     tokens: dict[str, int] = {"edgekit": 0, "its_hub": 0}
     prompts_equal = True
-    threads = str(setting.threads)
     server_command = [python, "-m", "llama_cpp.server", "--model", str(setting.model), "--port", str(port)]
-    server_command += ["--n_threads", threads, "--n_threads_batch", threads, "--logits_all", "false"]
+    server_command += ["--n_threads", str(threads), "--n_threads_batch", str(threads), "--logits_all", "false"]
     with (
         tempfile.TemporaryDirectory() as scratch,
         setting.open(count + 1, longest) as engine,
@@ -507,7 +509,7 @@ def peer(setting: Setting, python: str, problems: int, count: int = 16, longest:
             wait_for(server, port)
             template = Path(scratch)
             (template / "chat_template.jinja").write_text(engine.chat_template or "")
-            options = replace(setting.options, stop=(), max_tokens=longest, candidates=count)
+            options = replace(setting.options, stop=(), max_tokens=longest, candidates=count, sampling=SERVER_SAMPLING)
             for index, problem in enumerate([setting.problems[0], *setting.problems[:problems]]):
                 messages = [{"role": "system", "content": problem.system}] if problem.system else []
                 messages.append({"role": "user", "content": problem.prompt})
@@ -582,6 +584,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="of the speed part")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter with its_hub[lm] and the server")
+    parser.add_argument("--peer-threads", type=int, help="of its server  [as many as ours]")
     parser.add_argument("--peer-problems", type=int, default=10)
     parser.add_argument("--skip", nargs="*", default=[], choices=["speed", "accuracy", "peer"])
     parser.add_argument("--peak", choices=["base", "pair"], help=argparse.SUPPRESS)
@@ -611,7 +614,9 @@ def main() -> None:
         said["accuracy"] = accuracy(setting, tuple(arguments.choices), arguments.majority_limit)
     if "peer" not in arguments.skip:
         print("== its_hub over HTTP")
-        said["peer"] = peer(setting, arguments.peer_python, arguments.peer_problems)
+        said["peer"] = peer(
+            setting, arguments.peer_python, arguments.peer_threads or arguments.threads, arguments.peer_problems
+        )
     print(json.dumps(said))
 
 

@@ -41,6 +41,8 @@ SHORTEST, LONGEST = 8, 16
 BEGIN, END, BRACKETS = 0, 1, "()[]"
 MOST_STEPS = 600
 """Of a walk: one by single brackets would need thousands, and hours; it is left out."""
+TILTS = (1.0, 4.0, 16.0)
+"""Powers of V that the walk draws by, where the end is judged by V: best of n takes the greatest of n."""
 RESAMPLES = 2000
 REMEMBERED = 300_000
 """Prefixes that the engine keeps the outputs of."""
@@ -268,6 +270,8 @@ class Method:
     """Candidates of a block, or steps of the walk."""
     outcome: bool = False
     """Whether V of a finished word is its outcome."""
+    tilt: float = 1.0
+    """Of the walk."""
 
     def decode(self) -> Decode:
         """The strategy; best of n block by block is a beam of one."""
@@ -280,6 +284,7 @@ class Method:
         return Options(
             candidates=self.effort,
             steps=self.effort,
+            tilt=self.tilt,
             width=1,
             block_tokens=self.block,
             block_end=None,
@@ -451,7 +456,13 @@ def main() -> None:
                 # a walk over h blocks needs some h^2 steps
                 square = math.ceil((LENGTH - SHORTEST) / block) ** 2
                 walks = [times * square for times in ((4,) if quick else (4, 16))]
-                methods += [Method("vgb", "trained", block, steps, outcome) for steps in walks if steps <= MOST_STEPS]
+                tilts = (1.0,) if outcome else TILTS
+                methods += [
+                    Method("vgb", "trained", block, steps, outcome, tilt)
+                    for steps in walks
+                    if steps <= MOST_STEPS
+                    for tilt in tilts
+                ]
         problems = task.problems("test", arguments.beginnings or (8 if quick else 16), arguments.seed)
         found = []
         for method in methods:
@@ -476,7 +487,7 @@ def report(found: Sequence[Found], arguments: argparse.Namespace, facts: dict[st
     }
     rows: list[dict[str, Any]] = []
     print(
-        f"{'method':<16} {'verifier':<9} {'ends by':<8} {'block':>5} {'n':>4}  "
+        f"{'method':<16} {'verifier':<9} {'ends by':<8} {'block':>5} {'n':>4} {'tilt':>4}  "
         f"balanced {'':<14} distinct {'':<13} tokens  above"
     )
     for one in found:
@@ -484,7 +495,7 @@ def report(found: Sequence[Found], arguments: argparse.Namespace, facts: dict[st
         accuracy, diversity = one.interval(one.accuracy, draws), one.interval(one.diversity, draws)
         row = {
             "method": method.name, "verifier": method.verifier, "block": method.block, "effort": method.effort,
-            "outcome": method.outcome,
+            "outcome": method.outcome, "tilt": method.tilt,
             "accuracy": accuracy[0], "accuracy_interval": accuracy[1:], "diversity": diversity[0],
             "diversity_interval": diversity[1:], "tokens_forward": float(one.tokens.mean()), "wall_s": one.seconds,
         }  # fmt: skip
@@ -495,7 +506,7 @@ def report(found: Sequence[Found], arguments: argparse.Namespace, facts: dict[st
         rows.append(row)
         print(
             f"{method.name:<16} {method.verifier:<9} {'outcome' if method.outcome else 'V':<8} "
-            f"{method.block:>5} {method.effort:>4}  "
+            f"{method.block:>5} {method.effort:>4} {method.tilt:>4g}  "
             f"{accuracy[0]:>8.3f} [{accuracy[1]:.3f}, {accuracy[2]:.3f}] "
             f"{diversity[0]:>8.2f} [{diversity[1]:>5.2f}, {diversity[2]:>5.2f}] {row['tokens_forward']:>6.0f}  {above}"
         )

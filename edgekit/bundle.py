@@ -29,7 +29,7 @@ from edgekit.artifact import (
 )
 from edgekit.build import Built
 from edgekit.config import Strict, explain
-from edgekit.decode import Choice, Options, Sampling, Traffic
+from edgekit.decode import MAX_TILT, Choice, Options, Sampling, Traffic
 from edgekit.engine import Engine, EngineOptions
 from edgekit.engines import find_engine
 from edgekit.errors import InputError
@@ -72,6 +72,7 @@ class DecodeSettings(Strict):
     width: PositiveInt = 4
     steps: PositiveInt = 64
     momentum: Annotated[float, Field(ge=0, le=1)] | None = None
+    tilt: Annotated[float, Field(gt=0, le=MAX_TILT)] = 1.0
     choices: tuple[tuple[float, str, PositiveInt], ...] = ()
     """For `auto`: (difficulty, strategy, candidates), measured when the bundle was built."""
 

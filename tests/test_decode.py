@@ -169,7 +169,7 @@ def test_vgb_computes_at_most_half_of_the_tokens_of_the_walk_without_a_cache() -
     costs = []
     for limits in ({"sequences": 8}, {"sequences": 1, "fork": False, "rewind": False}):
         engine = TableEngine(lambda past: [0.02, 0.4, 0.3, 0.28], context_tokens=128, **limits)  # type: ignore[arg-type]
-        options = Options(sampling=FREE, max_tokens=24, block_tokens=2, block_end=None, width=2, steps=80, seed=5)
+        options = Options(sampling=FREE, max_tokens=24, block_tokens=2, block_end=None, width=2, steps=20, seed=5)
         session = Session(engine, PROMPT, options, Constant())
         list(find_strategy("vgb")(session))
         costs.append(session.cost.tokens_forward)
@@ -317,8 +317,8 @@ def pi(prefix: tuple[int, ...]) -> float:
     return math.prod(two_letters((A, *prefix[:i]))[prefix[i]] for i in range(len(prefix)))
 
 
-def goal() -> dict[tuple[int, ...], float]:
-    masses = {leaf: pi(leaf) * reward(leaf) for leaf in LEAVES}
+def goal(tilt: float = 1) -> dict[tuple[int, ...], float]:
+    masses = {leaf: pi(leaf) * reward(leaf) ** tilt for leaf in LEAVES}
     return {leaf: mass / sum(masses.values()) for leaf, mass in masses.items()}
 
 
@@ -515,24 +515,49 @@ def test_stopping_at_the_first_leaf_and_never_going_back_are_exact_only_for_the_
             assert distance(law, goal()) > least
 
 
-def test_vgb_over_an_engine_has_the_target_as_its_law() -> None:
-    """Walks of 64 steps from the root, through the session, its cache and its batches."""
+def test_where_a_walk_is_seen_at_a_leaf_has_the_target_as_its_law_and_where_it_was_last_has_not() -> None:
+    from edgekit.decode._walk import arrive, walk
+
+    value, runs = noisy(2.0), 4000
+    random = np.random.default_rng(0)
+    seen, last = dict.fromkeys(LEAVES, 0), dict.fromkeys(LEAVES, 0)
+    tree = Places(lambda prefix: value(prefix) ** 2, 1)
+    for _ in range(runs):
+        *_, final = [None, *filter(tree.is_leaf, itertools.islice(walk(tree, (), random, lambda: False), 64))]
+        if final is not None:
+            last[final] += 1
+        *_, leaf = arrive(walk(tree, (), random, lambda: False), tree.is_leaf, 64)
+        if tree.is_leaf(leaf):
+            seen[leaf] += 1
+    exact = goal(2)
+    noise = sum(math.sqrt(p * (1 - p) / runs) for p in exact.values()) * math.sqrt(2 / math.pi) / 2
+    assert sum(seen.values()) > 0.9 * runs
+    assert distance({leaf: count / sum(seen.values()) for leaf, count in seen.items()}, exact) < 2 * noise
+    assert distance({leaf: count / sum(last.values()) for leaf, count in last.items()}, exact) > 4 * noise
+
+
+@pytest.mark.parametrize("tilt", [1.0, 3.0])
+def test_vgb_over_an_engine_has_the_target_as_its_law(tilt: float) -> None:
+    """Walks of at least 64 steps from the root, through the session, its cache and its batches."""
     value = noisy(2.0)
     counts = dict.fromkeys(LEAVES, 0)
     runs = 500
     for seed in range(runs):
         # the end is a token of its own: a leaf is a node whose answer ended
-        options = Options(sampling=FREE, block_tokens=1, block_end=None, width=2, steps=64, seed=seed, max_tokens=DEPTH)
+        walk = {"block_tokens": 1, "block_end": None, "width": 2, "steps": 64, "tilt": tilt}
+        options = Options(sampling=FREE, seed=seed, max_tokens=DEPTH, **walk)  # type: ignore[arg-type]
         session = Session(TableEngine(two_letters), (A,), options, Oracle(value))
         (*_, leaf) = find_strategy("vgb")(session)
         counts[leaf.tokens] += 1
         session.close()
-    exact = goal()
+    exact = goal(tilt)
     found = {leaf: count / runs for leaf, count in counts.items()}
     expected = sum(math.sqrt(p * (1 - p) / runs) for p in exact.values()) * math.sqrt(2 / math.pi) / 2
     assert distance(found, exact) < 2.5 * expected
     base = {leaf: pi(leaf) for leaf in LEAVES}
     assert distance(base, exact) > 5 * expected
+    if tilt != 1:
+        assert distance(goal(), exact) > 3 * expected
 
 
 # --- REBASE, votes, answers, laws

@@ -292,3 +292,26 @@ def test_an_interrupt_in_the_middle_of_a_native_call_is_raised_after_it() -> Non
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert seen == ["went on"]
+
+
+def test_rows_that_fill_a_tile_take_nothing_from_the_others() -> None:
+    """Of 6 rows at a time 2 are added: every cell of the cache stays free for the sequences, and the rows keep
+    their order."""
+    options = EngineOptions(context_tokens=128, sequences=6, batch_tokens=16, threads=1, total_tokens=256)
+    words = [504, 3575, 282, 4649, 319, 253]
+    with llama_cpp.open_model(MODEL, options) as engine:
+        trunk = engine.start()
+        engine.step([Entry(trunk, token) for token in words[:4]])
+        sequences = [trunk, *(engine.fork(trunk) for _ in range(5))]
+        together = engine.step([Entry(s, token) for s, token in zip(sequences, words, strict=True)])
+        for _ in range((256 - 4) // 6 - 1):
+            engine.step([Entry(sequence, words[0]) for sequence in sequences])
+        with pytest.raises(ToolError):
+            engine.step([Entry(sequence, words[0]) for sequence in sequences])
+    with llama_cpp.open_model(MODEL, options) as engine:
+        for token, row in zip(words, together.logits, strict=True):
+            sequence = engine.start()
+            alone = engine.step([Entry(sequence, t) for t in (*words[:4], token)]).logits[-1]
+            engine.release(sequence)
+            assert row.argmax() == alone.argmax()
+            np.testing.assert_allclose(row, alone, atol=1.0)

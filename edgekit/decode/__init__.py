@@ -14,12 +14,13 @@ from types import ModuleType
 from typing import cast
 
 from edgekit.decode._answers import find_answer, first_json
-from edgekit.decode._options import Budget, Choice, Options, Traffic
+from edgekit.decode._options import MAX_TILT, Budget, Choice, Options, Traffic
 from edgekit.decode._sampling import Sampling
 from edgekit.decode._session import Cost, Node, Session
 from edgekit.errors import InputError, suggest
 
 __all__ = [
+    "MAX_TILT",
     "Budget",
     "Choice",
     "Cost",

@@ -9,6 +9,9 @@ from edgekit.decode._answers import find_answer
 from edgekit.decode._sampling import Sampling
 from edgekit.errors import InputError
 
+MAX_TILT = 32
+"""The smallest V to this power is still a number."""
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -76,7 +79,9 @@ class Options:
     momentum: float | None = None
     """Walk with this momentum, from 0 to 1 (`vgb`); None is the plain walk."""
     steps: int = 64
-    """Steps of the walk (`vgb`)."""
+    """Steps of the walk before one looks whether it is at an end (`vgb`)."""
+    tilt: float = 1.0
+    """The power of V that the walk draws in proportion to (`vgb`): above 1 it looks for the best, below for many."""
     choices: tuple[Choice, ...] = ()
     """By rising difficulty (`auto`)."""
     revise: Callable[[Sequence[str]], list[int]] | None = None
@@ -88,6 +93,8 @@ class Options:
                 raise InputError(f"{name} of at least 1", str(getattr(self, name)), f"raise {name}")
         if self.momentum is not None and not 0 <= self.momentum <= 1:
             raise InputError("a momentum from 0 to 1", str(self.momentum), "change momentum")
+        if not 0 < self.tilt <= MAX_TILT:
+            raise InputError(f"a tilt above 0, at most {MAX_TILT}", str(self.tilt), "change tilt")
         if self.balance <= 0:
             raise InputError("a balance above 0", str(self.balance), "raise balance")
         if any(not text for text in self.stop):

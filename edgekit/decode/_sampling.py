@@ -65,7 +65,9 @@ class Sampling:
         if self.temperature == 0:
             return Law(np.array([logits.argmax()]), np.ones(1))
         peak = logits.max()
-        weights = np.exp((logits - peak) / np.float32(self.temperature), dtype=np.float32)
+        weights = np.subtract(logits, peak, dtype=np.float32)
+        weights /= np.float32(self.temperature)
+        np.exp(weights, out=weights)
         if self.top_n_sigma:
             weights[logits < peak - self.top_n_sigma * logits.std()] = 0
         # most laws keep few of many tokens: indices of them all are made only where they are needed

@@ -7,6 +7,7 @@ positive V: an imperfect V costs time, not exactness.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
@@ -16,6 +17,10 @@ N = TypeVar("N")
 
 PATIENCE = 32
 """Proposals that a step of the walk draws at most."""
+LOOKS = 4
+"""Times that a walk is looked at in as many steps as it took before the first look."""
+LONGEST = 8
+"""Times these steps that it takes at most."""
 
 
 class Tree(Protocol[N]):
@@ -73,6 +78,19 @@ def walk(tree: Tree[N], node: N, random: np.random.Generator, stop: Callable[[],
         else:
             return
         yield node
+
+
+def arrive(places: Iterator[N], is_leaf: Callable[[N], bool], steps: int) -> Iterator[N]:
+    """Yield the places of a walk until it is seen at a leaf: after `steps` steps, or at a later look.
+
+    Only who looks at times that the walk knows nothing of finds leaves by the law of its places. Those where it ends
+    first, or was last, are others: the leaf before a long way back to the next would come too often.
+    """
+    every = max(1, steps // LOOKS)
+    for step, place in enumerate(itertools.islice(places, LONGEST * steps), 1):
+        yield place
+        if step >= steps and (step - steps) % every == 0 and is_leaf(place):
+            return
 
 
 def momentum_walk(

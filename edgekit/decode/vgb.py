@@ -1,25 +1,25 @@
 """VGB, value-guided backtracking (Rohatgi et al., arXiv:2510.03149): a random walk over blocks that may go back.
 
-The answer is a draw from the model's law times V at the end. V must be above 0; the better it is, the sooner the walk
-is there. Blocks that were drawn and not looked at wait for the node's next visit, so a batch costs no exactness.
+The answer is a draw from the model's law times V at the end, or times V to the power `tilt`: any positive weight of
+prefixes gives a walk that is exact for its weights of leaves. V must be above 0; the better it is, the sooner the
+walk is there. Blocks that were drawn and not looked at wait for the node's next visit, so a batch costs no exactness.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 
 from edgekit.decode._session import Node, Session
-from edgekit.decode._walk import momentum_walk, walk
+from edgekit.decode._walk import arrive, momentum_walk, walk
 
 NEEDS_VERIFIER = True
 
 
 def decode(session: Session) -> Iterator[Node]:
-    """Yield every leaf that the walk comes to; the last is where it was after `steps` steps, or the one before.
+    """Yield every leaf that the walk comes to; the last is where `arrive` found it.
 
-    A walk that came to no leaf is finished by sampling.
+    A walk that was not found at a leaf gives the last that it was at; one that came to none is finished by sampling.
     """
     tree = _Blocks(session)
     options = session.options
@@ -28,7 +28,7 @@ def decode(session: Session) -> Iterator[Node]:
     else:
         places = momentum_walk(tree.children, tree.value, session.root, tree.parent, options.momentum, session.random)
     node, leaf = session.root, None
-    for node in itertools.islice(places, options.steps):
+    for node in arrive(places, tree.is_leaf, options.steps):
         if node.ended and node is not leaf:
             leaf = node
             yield leaf
@@ -55,8 +55,9 @@ class _Blocks:
         return node.ended is not None
 
     def value(self, node: Node) -> float:
-        """V of a node."""
-        return float(self._session.values([node])[0])
+        """V of a node, to the power that was asked for."""
+        value: float = float(self._session.values([node])[0]) ** self._session.options.tilt
+        return value
 
     def propose(self, node: Node) -> Node:
         """The next of the children that were drawn at this node."""

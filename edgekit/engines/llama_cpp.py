@@ -30,6 +30,9 @@ KV_TYPES = ("f16", "q8_0", "q4_0")
 _ERROR_LEVEL, _CONTINUED = 4, 5  # enum ggml_log_level: 0 none, 1 debug, 2 info, 3 warn, 4 error, 5 continuation
 _MAX_CELLS = 1 << 27  # llama.cpp keeps a table of all cells, some 50 bytes each
 _UBATCH_TOKENS = 512  # llama.cpp's default of what it computes at once; more only costs memory
+_TILE = 4  # rows of a batch that the CPU kernels of quantized types take at once; what is left over goes one by one
+_NO_CELLS = 1  # what llama_decode returns, with nothing changed, when the KV cache is full
+_UNQUANTIZED = ("0", "1", "32")  # enum llama_ftype: F32, F16, BF16
 
 
 def open_model(path: Path, options: EngineOptions) -> LlamaCpp:
@@ -276,7 +279,7 @@ class LlamaCpp(Vocabulary):
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         api = library()
-        _check_options(options, api.llama_max_parallel_sequences())
+        _check_options(options, api.llama_max_parallel_sequences() - 1)
         self._accelerate: bool = options.accelerate and api.llama_supports_gpu_offload()
         self._ctx: Any = None
         self._adapted: list[Adapted] = []
@@ -296,7 +299,13 @@ class LlamaCpp(Vocabulary):
         settings.n_ctx = options.total_tokens or options.context_tokens * options.sequences
         settings.n_batch = options.batch_tokens
         settings.n_ubatch = min(options.batch_tokens, _UBATCH_TOKENS)
-        settings.n_seq_max = options.sequences
+        # a recurrent state is one vector per sequence: it cannot go back to an earlier position
+        attends = not (api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model))
+        quantized = self.metadata.get("general.file_type") not in _UNQUANTIZED
+        self._tiles = attends and quantized and not self._accelerate
+        # one more sequence holds the rows that fill a batch up
+        self._filler = options.sequences
+        settings.n_seq_max = options.sequences + self._tiles
         settings.n_threads = settings.n_threads_batch = options.cpu_threads
         settings.type_k = settings.type_v = getattr(api, f"GGML_TYPE_{options.kv_type.upper()}")
         settings.pooling_type = api.LLAMA_POOLING_TYPE_NONE
@@ -320,8 +329,6 @@ class LlamaCpp(Vocabulary):
         # llama.cpp lowers n_batch to the context and aborts the process on a larger batch
         self._batch_tokens: int = api.llama_n_batch(self._ctx)
         self._batch = _Batch(api, self._batch_tokens)
-        # a recurrent state is one vector per sequence: it cannot go back to an earlier position
-        attends = not (api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model))
         # with M-RoPE an embedding has several positions
         one_position = api.llama_model_rope_type(model) not in (api.LLAMA_ROPE_TYPE_MROPE, api.LLAMA_ROPE_TYPE_IMROPE)
         self._capabilities = Capabilities(
@@ -533,7 +540,7 @@ class LlamaCpp(Vocabulary):
         batch = self._batch.fill(chunk, positions, all_outputs=wants_hidden)
         self._api.llama_set_embeddings(self._ctx, wants_hidden)
         with collect_log() as log:
-            status = self._api.llama_decode(self._ctx, batch)
+            status = self._decode_batch(chunk, batch)
         if status == 0:
             self._lengths |= after
             return
@@ -543,6 +550,20 @@ class LlamaCpp(Vocabulary):
             self._lengths[sequence] = length
         found = f"{_reason(log)} (llama_decode returned {status})"
         raise ToolError(f"a step of {len(chunk)} tokens", found, "use a shorter context or smaller batches")
+
+    def _decode_batch(self, chunk: Sequence[Entry], batch: Any) -> int:
+        """Decode, with filler rows where whole tiles take less time: 15 rows take 1.2 to 1.5 times as long as 16."""
+        rows, spare = len(chunk), -len(chunk) % _TILE
+        apart = len({entry.sequence for entry in chunk}) == rows and all(entry.wants_logits for entry in chunk)
+        if not self._tiles or rows < _TILE or not 0 < spare <= 2 or not apart or rows + spare > self._batch_tokens:
+            return int(self._api.llama_decode(self._ctx, batch))
+        self._batch.fill_up(batch, spare, self._filler)
+        status = int(self._api.llama_decode(self._ctx, batch))
+        self._api.llama_memory_seq_rm(self._memory, self._filler, -1, -1)
+        if status == _NO_CELLS:
+            batch.n_tokens = rows
+            status = int(self._api.llama_decode(self._ctx, batch))
+        return status
 
     def _copy_rows(
         self, chunk: Sequence[Entry], wants_hidden: bool, logits: FloatArray, hidden: FloatArray | None, done: int
@@ -588,7 +609,7 @@ class Adapted(LlamaCpp):
 
     def __init__(self, base: LlamaCpp, adapter: Path, options: EngineOptions) -> None:
         api = base._api
-        _check_options(options, api.llama_max_parallel_sequences())
+        _check_options(options, api.llama_max_parallel_sequences() - 1)
         if not adapter.is_file():
             raise InputError("a LoRA in GGUF", f"no file at {adapter}", "check the path")
         self._api, self._path, self._size, self._accelerate = api, adapter, base._size, base._accelerate
@@ -650,6 +671,15 @@ class _Batch:
         batch.seq_id = self._pointers
         batch.logits = _pointer(self._outputs, ctypes.c_int8)
         return batch
+
+    def fill_up(self, batch: Any, spare: int, sequence: int) -> None:
+        """Add rows that nobody reads, in a sequence that is empty."""
+        rows = slice(batch.n_tokens, batch.n_tokens + spare)
+        self._tokens[rows] = self._tokens[0]
+        self._positions[rows] = range(spare)
+        self._sequences[rows] = sequence
+        self._outputs[rows] = True
+        batch.n_tokens += spare
 
 
 def _check_options(options: EngineOptions, max_sequences: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from edgekit.config import Strict
-from edgekit.decode import Cost, Node, Options, Session, Traffic, find_strategy, needs_verifier, streams
+from edgekit.decode import Budget, Cost, Node, Options, Session, Traffic, find_strategy, needs_verifier, streams
 from edgekit.engine import Engine
 from edgekit.measurement import share_interval
 from edgekit.tasks import Problem, Task
@@ -17,6 +17,8 @@ from edgekit.verifier import Verifier
 
 _POOLED = ("majority", "weighted", "best-of-n")
 """They choose among the same draws, which are drawn once."""
+_DEAREST = 2
+"""Times the tokens of the largest pool that a search may spend: one that needs more is no choice beside a vote."""
 
 
 class StrategyRow(Strict):
@@ -83,7 +85,9 @@ def measure_strategies(
         traffic: What a step moves.
         progress: Called with finished and planned problems.
 
-    The control with a random verifier is exact: best of n by a random value is right as often as a draw is.
+    Searches end when they have spent twice the tokens of the most candidates drawn at once: a walk may never come to an
+    end that its verifier is content with. The control with a random verifier is exact: best of n by a random value is
+    right as often as a draw is.
     """
     runs = [
         (name, count)
@@ -103,6 +107,7 @@ def measure_strategies(
         def judge(node: Node, cost: Cost, problem: Problem = problem) -> Outcome:
             return Outcome(task.check(problem, node.text), copy.copy(cost))
 
+        dearest = 0
         for count in candidates:
             session = Session(engine, prompt, replace(told, candidates=count), verifier, traffic)
             try:
@@ -113,6 +118,7 @@ def measure_strategies(
                 pool = session.draw(count)
                 share = statistics.fmean(task.check(problem, node.text) for node in pool)
                 chance[count].append(Outcome(share, copy.copy(session.cost)))
+                dearest = max(dearest, session.cost.tokens_forward + session.cost.verifier_tokens)
                 if verifier is not None and count == candidates[0]:
                     difficulties.append(1 - float(session.values(pool[: told.width]).mean()))
             finally:
@@ -120,7 +126,8 @@ def measure_strategies(
         for name, count in runs:
             if name in _POOLED:
                 continue
-            session = Session(engine, prompt, replace(told, candidates=count), verifier, traffic)
+            searching = replace(told, candidates=count, budget=Budget(tokens=_DEAREST * dearest))
+            session = Session(engine, prompt, searching, verifier, traffic)
             try:
                 node = session.root
                 for node in find_strategy(name)(session):  # noqa: B007 - the last one counts

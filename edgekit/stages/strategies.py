@@ -60,7 +60,7 @@ class Params(StageParams):
         return (find_engine(self.engine).DISTRIBUTION,)
 
 
-@stage(version=1, takes=runnable(), gives="strategies", also=("verifier", "checkpoint"))
+@stage(version=2, takes=runnable(), gives="strategies", also=("verifier", "checkpoint"))
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Answer validation problems by every strategy and keep the accuracy-cost curve."""
     options = EngineOptions(
