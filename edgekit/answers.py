@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -10,18 +10,23 @@ from edgekit.bundle import open_bundle, open_engine, open_verifier
 from edgekit.chat import problem_tokens
 from edgekit.decode import Session, find_strategy, streams
 from edgekit.devices import Answered, AnswersJob, Question
+from edgekit.engine import Engine
 from edgekit.measurement import Measurement, median_interval, share_interval
 from edgekit.tasks import Problem, Task
 
 
-def answer_questions(job: AnswersJob) -> Iterator[Answered]:
-    """Answer one question after another as the bundle's settings say, but for what the task asks for."""
+def answer_questions(job: AnswersJob, opened: Callable[[Engine], object] = id) -> Iterator[Answered]:
+    """Answer one question after another as the bundle's settings say, but for what the task asks for.
+
+    `opened` is called with the engine before the first question.
+    """
     bundle = open_bundle(Path(job.bundle))
     settings = bundle.settings
     name = settings.decode.strategy
     candidates = 1 if streams(name) else settings.decode.candidates
     tokenizer = bundle.path / settings.tokenizer
     with open_engine(bundle, candidates=candidates) as engine, open_verifier(bundle, engine) as verifier:
+        opened(engine)
         for index, question in enumerate(job.questions):
             problem = Problem(question.prompt, {}, question.system, question.chat)
             options = settings.decode.options(

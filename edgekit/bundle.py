@@ -124,17 +124,16 @@ class Settings(Strict):
         return tuple(filter(None, (self.model, self.tokenizer, self.verifier, self.prefix)))
 
     def options(self, threads: int | None = None, candidates: int = 1) -> EngineOptions:
-        """Engine options; `threads` overrides the settings, which never ask for more than the machine has.
+        """Engine options, for the machine that opens the model; `threads` overrides the settings.
 
         Candidates share one KV cache of the context's size: several cost no more memory than the plan foresees.
         """
-        here = None if self.threads is None else min(self.threads, os.cpu_count() or 1)
         return EngineOptions(
             context_tokens=self.context_tokens,
             # a prefix is held in a sequence of its own
             sequences=candidates + (self.prefix is not None),
             total_tokens=self.context_tokens if candidates > 1 else None,
-            threads=threads or here,
+            threads=threads or self.threads,
             kv_type=self.kv_type,
             fall_back=True,
         )

@@ -20,6 +20,8 @@ from edgekit.errors import EdgekitError, InputError, ToolError, suggest
 COMMANDS = {
     "build": "Make a bundle for one or more targets.",
     "cache": "Look after the store of finished steps.",
+    "compare": "Set builds side by side and find what got worse.",
+    "device": "Look at a board behind SSH, and set it up.",
     "doctor": "Say what is installed, what is missing, and how to fix it.",
     "plan": "Show what a build would do and what it would need; writes nothing.",
     "recipes": "List and show recipes.",

@@ -42,9 +42,9 @@ class EngineOptions:
 
     @property
     def cpu_threads(self) -> int:
-        """`threads`, or the physical cores that this process may use."""
+        """`threads`, but no more than this machine has, or the physical cores that this process may use."""
         if self.threads is not None:
-            return self.threads
+            return min(self.threads, os.cpu_count() or 1)
         import psutil
 
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

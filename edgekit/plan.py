@@ -19,6 +19,7 @@ from edgekit.errors import DoesNotFit, InputError, suggest
 from edgekit.measure.strategies import StrategyRow
 from edgekit.measurement import Measurement
 from edgekit.model import ModelShape, Source, model_shape
+from edgekit.predict.energy import predict_energy
 from edgekit.predict.latency import predict_answer, predict_latency
 from edgekit.predict.memory import MemoryPlan, compute_buffer_bytes, kv_cache_bytes, plan_memory
 from edgekit.recipe import Gate, Recipe
@@ -439,7 +440,8 @@ def _predictions(
         for name, value in sizes.items()
         if name != "companion_bytes" or value
     ]
-    return exact + predict_latency(target, shape, tensors, context_tokens, kv_type)
+    rates = predict_latency(target, shape, tensors, context_tokens, kv_type)
+    return exact + rates + predict_energy(target, rates)
 
 
 def _smaller_types(plan: Plan, fits: Any) -> list[str]:

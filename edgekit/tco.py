@@ -373,7 +373,8 @@ def _hardware(
     power = target.power if target else None
     if scenario.hardware.busy_w is None:
         watts = power and (power.typical_w or power.max_w)
-        if energy is not None:
+        # a prediction is the profile's power over the very rate that it is multiplied by here
+        if energy is not None and (energy.kind == "measured" or not watts):
             joules, rate = _from_measurement(energy), inputs["build.decode_tokens_per_s"].value
             scaled = {part: getattr(joules, part) * rate for part in ("value", "lowest", "highest")}
             source = f"{joules.source}, times the decode speed"
@@ -384,8 +385,11 @@ def _hardware(
             found["hardware.busy_w"] = _watts(watts, "while decoding" if watts == power.typical_w else "at most")  # type: ignore[union-attr]
         else:
             raise InputError("the power of a device", f"none for {name}", "--set hardware.busy_w=WATTS")
-    if scenario.hardware.idle_w is None and power and power.idle_w:
-        found["hardware.idle_w"] = _watts(power.idle_w, "idle")
+    if scenario.hardware.idle_w is None:
+        if (idle := _on_target(report, "idle_w")) is not None:
+            found["hardware.idle_w"] = _from_measurement(idle)
+        elif power and power.idle_w:
+            found["hardware.idle_w"] = _watts(power.idle_w, "idle")
     return found
 
 

@@ -692,14 +692,14 @@ def pages() -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("source", pages(), ids=["three", "hostile", "without-offers"])
-def test_the_page_is_well_formed_and_loads_nothing(source: str) -> None:
+def check_page(source: str) -> None:
+    """A page of ours is well-formed, loads nothing, runs nothing and draws within its frame."""
     made = Page(source)
     assert not {tag for tag, _ in made.elements} & {"script", "img", "link", "a", "iframe", "object", "use", "image"}
     for _, attributes in made.elements:
         assert not attributes.keys() & {"src", "href", "xlink:href", "style", "srcset", "action"}
         assert not [name for name in attributes if name.startswith("on")]
-    assert set(re.findall(r"url\(([^)]*)\)", source)) == {"#hatch"}
+    assert set(re.findall(r"url\(([^)]*)\)", source)) <= {"#hatch"}
     assert "@import" not in source
     assert not re.search(r"https?://", source)
     assert "\u202e" not in source
@@ -713,6 +713,11 @@ def test_the_page_is_well_formed_and_loads_nothing(source: str) -> None:
     for size in re.findall(r'(?:width|x|x1|x2|cx)="(-?[\d.]+)%"', source):
         assert -0.01 <= float(size) <= 100.01
     assert "prefers-color-scheme: dark" in source
+
+
+@pytest.mark.parametrize("source", pages(), ids=["three", "hostile", "without-offers"])
+def test_the_page_is_well_formed_and_loads_nothing(source: str) -> None:
+    check_page(source)
 
 
 def test_hostile_names_stay_text_in_every_file() -> None:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import click
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from edgekit import __version__
-from edgekit.bundle import open_bundle
 from edgekit.commands import _tco_page as page
+from edgekit.commands._builds import build_names, profile
 from edgekit.commands._paths import GivenPath
 from edgekit.errors import InputError
 from edgekit.report.figures import clean, shorten
 from edgekit.report.write import read_report
 from edgekit.scenario import find_scenario, parse_overrides
 from edgekit.store import explain_disk, require_writable
-from edgekit.target import LOCAL, Target, all_targets
 from edgekit.tco import Build, Costs, compare_costs, read_build
 
 MOST_BUILDS = 6
@@ -53,11 +50,11 @@ def command(
     scenario = find_scenario(scenario_name, parse_overrides(settings))
     if out is not None:
         require_writable(out, "choose another --out")
-    names = _names(builds)
+    names = build_names(builds)
     found: list[Build] = []
     for name, path in zip(names, builds, strict=True):
         report = read_report(path)
-        found.append(read_build(name, report, _target(path, report.target.get("name")), scenario))
+        found.append(read_build(name, report, profile(path, report.target.get("name")), scenario))
     costs = compare_costs(found, scenario, __version__, seed=seed)
     if out is not None:
         with explain_disk(out):
@@ -68,24 +65,6 @@ def command(
     show(costs, Console(highlight=False))
     if out is not None:
         click.echo(f"report: {written[-1]}")
-
-
-def _names(paths: tuple[Path, ...]) -> list[str]:
-    """The directory of each build; where two have the same name, their paths."""
-    directories = [path if path.is_dir() else path.parent for path in paths]
-    names = [directory.resolve().name or str(directory) for directory in directories]
-    counted = Counter(names)
-    return [name if counted[name] == 1 else str(path) for name, path in zip(names, paths, strict=True)]
-
-
-def _target(path: Path, name: object) -> Target | None:
-    """The profile that a bundle was made for, or for a report alone the catalog's; this machine has none."""
-    if path.is_dir():
-        try:
-            return Target.model_validate(open_bundle(path).manifest.target)
-        except ValidationError:
-            raise InputError("a bundle of this edgekit", f"{path}: another target", "build the bundle again") from None
-    return next((target for target in all_targets() if target.name == name and name != LOCAL), None)
 
 
 def show(costs: Costs, console: Console) -> None:

@@ -31,7 +31,9 @@ from edgekit.tasks import Task, find_task
 @click.option(
     "--problems", type=click.IntRange(min=2), default=100, show_default=True, help="Of each task's test split."
 )
-@click.option("--device", "device_url", default="local", show_default=True, help="Where to measure.")
+@click.option(
+    "--device", "device_url", default="local", show_default=True, help="Where to measure: local, ssh://user@host."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
 def command(bundle: Path, tasks: tuple[str, ...], problems: int, device_url: str, as_json: bool) -> None:
     """Check a bundle's files and measure it again.
@@ -54,7 +56,9 @@ def command(bundle: Path, tasks: tuple[str, ...], problems: int, device_url: str
             latency=LatencyJob(), divergence=DivergenceJob(reference=str(reference)) if reference else None
         ),
     )
-    result = device.run(job)
+    with ProgressDisplay() as display:
+        display.started("measure", 1, 1)
+        result = device.run(job, progress=lambda name: display.progressed(0, None, name))
     measurements = [
         *result.measurements,
         *(m for task in asked for m in _answer(task, problems, opened.path, job, device)),
@@ -67,6 +71,9 @@ def command(bundle: Path, tasks: tuple[str, ...], problems: int, device_url: str
         "device": result.device,
         "measurements": [m.model_dump(mode="json") for m in measurements],
         "gates": [gate.model_dump(mode="json") for gate in checked],
+        "build": result.build,
+        "samples": result.samples,
+        "board": result.board.model_dump(mode="json") if result.board else None,
     }
     if as_json:
         click.echo(json.dumps(document, indent=2))
@@ -77,6 +84,8 @@ def command(bundle: Path, tasks: tuple[str, ...], problems: int, device_url: str
         for measurement in measurements:
             table.add_row(measurement.name, shown(measurement).text, measurement.note or "")
         console.print(table)
+        for flag in result.board.flags if result.board else ():
+            console.print(f"note: {flag}", markup=False)
         for outcome in checked:
             word, sure = "passed" if outcome.passed else "FAILED", "" if outcome.certain else " (uncertain)"
             console.print(f"gate {word}: {outcome.bound}, found {outcome.value:g}{sure}")

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Annotated, Any, Protocol, cast
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from edgekit.config import Strict
+from edgekit.devices.board import BoardRecord
 from edgekit.engine import EngineOptions
 from edgekit.errors import InputError, suggest
 from edgekit.measurement import Measurement
@@ -91,6 +92,16 @@ class Job(Strict):
     of: str = "bundle"
     """What the measurements describe."""
 
+    def with_paths(self, place: Callable[[str], str]) -> Job:
+        """The same job with every path in it replaced."""
+        changes: dict[str, Any] = {}
+        if (divergence := self.measure.divergence) is not None:
+            changes["divergence"] = divergence.model_copy(update={"reference": place(divergence.reference)})
+        if (answers := self.measure.answers) is not None:
+            changes["answers"] = answers.model_copy(update={"bundle": place(answers.bundle)})
+        measure = self.measure.model_copy(update=changes)
+        return self.model_copy(update={"model": place(self.model), "measure": measure})
+
 
 class JobResult(Strict):
     """What a job found out."""
@@ -104,6 +115,10 @@ class JobResult(Strict):
     """Mean KL divergence of each evaluation window, in nats."""
     answers: tuple[Answered, ...] = ()
     """In the order of the questions."""
+    samples: Annotated[dict[str, tuple[float, ...]], Field(default_factory=dict)]
+    """Every sample behind the figures of the latency, by their names."""
+    board: BoardRecord | None = None
+    """The machine's power mode, clocks, temperatures and throttling meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +141,11 @@ class Device(Protocol):
     def run(
         self, job: Job, *, timeout_s: float | None = None, progress: Callable[[str], None] | None = None
     ) -> JobResult:
-        """Run a job in a fresh process; `progress` is told the name of each measurement as it arrives.
+        """Run a job in a fresh process; `progress` is told the name of each measurement as it arrives, and
+        before that what keeps the device busy.
 
-        Raises what the job raised, and ToolError when its process was killed, crashed or ran out of time.
+        Raises what the job raised, and ToolError when its process was killed, crashed or ran out of time, or when
+        the device is out of reach.
         """
         ...
 

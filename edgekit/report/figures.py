@@ -43,6 +43,8 @@ KNOWN = {
     "prefill_tokens_per_s": Known("Prefill speed"),
     "decode_tokens_per_s": Known("Decode speed", "tokens generated per second, one sequence"),
     "ttft_s": Known("Time to first token"),
+    "energy_j_per_token": Known("Energy of a token", "while decoding, idle power included"),
+    "idle_w": Known("Idle power", "with the model loaded"),
     "load_s": Known("Load time"),
     "peak_rss_bytes": Known("Peak memory", "most memory the process held"),
     "answer_tokens_forward": Known("Tokens forward for an answer"),

@@ -154,7 +154,7 @@ def key_figures(report: Report) -> list[KeyFigure]:
     weights = [("weights", first("weight_bytes") if bundled else None)]
     perplexity = [("source", first("source_perplexity")), ("relative", first("perplexity_ratio"))]
     spread = [("median", first("kl_divergence_median_nats")), ("99th percentile", first("kl_divergence_p99_nats"))]
-    speeds = beside([("prefill", first("prefill_tokens_per_s"))])
+    speeds = beside([("prefill", first("prefill_tokens_per_s")), ("energy", first("energy_j_per_token"))])
     memory = memory_on_target(report)
     usable = f"usable on the target {bytes_text(memory.usable_bytes)}" if memory and memory.usable_bytes else ""
     tiles = [
