@@ -455,13 +455,12 @@ def main() -> None:
                 methods += [Method(name, "trained", block, effort, outcome) for name in peers for effort in efforts]
                 # a walk over h blocks needs some h^2 steps
                 square = math.ceil((LENGTH - SHORTEST) / block) ** 2
-                walks = [times * square for times in ((4,) if quick else (4, 16))]
-                tilts = (1.0,) if outcome else TILTS
+                long = (16,) if outcome and not quick else ()
+                walks = [(4, tilt) for tilt in ((1.0,) if outcome else TILTS)] + [(times, 1.0) for times in long]
                 methods += [
-                    Method("vgb", "trained", block, steps, outcome, tilt)
-                    for steps in walks
-                    if steps <= MOST_STEPS
-                    for tilt in tilts
+                    Method("vgb", "trained", block, times * square, outcome, tilt)
+                    for times, tilt in walks
+                    if times * square <= MOST_STEPS
                 ]
         problems = task.problems("test", arguments.beginnings or (8 if quick else 16), arguments.seed)
         found = []

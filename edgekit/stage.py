@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from pydantic import PositiveInt
 
@@ -28,8 +28,10 @@ from edgekit.target import Target
 class StageParams(Strict):
     """Base of a stage's parameters. The defaults, filled in, are part of the cache key."""
 
-    text_fields: ClassVar[Mapping[str, Split]] = {}
-    """Fields that name a text set, with the split they read: the digest of the text is part of the key."""
+    @property
+    def text_fields(self) -> Mapping[str, Split]:
+        """Fields that name a text set, with the split they read: the digest of the text is part of the key."""
+        return {}
 
     @property
     def tools(self) -> tuple[str, ...]:
@@ -40,7 +42,10 @@ class StageParams(Strict):
 class CalibratedParams(StageParams):
     """Base of the parameters of a stage that reads calibration text."""
 
-    text_fields: ClassVar[Mapping[str, Split]] = {"text": "calibration"}
+    @property
+    def text_fields(self) -> Mapping[str, Split]:
+        """The calibration text."""
+        return {"text": "calibration"}
 
     text: str = "python-docs"
     """A text set, or the path of a file; only its calibration split is used."""

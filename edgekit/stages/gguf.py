@@ -1,4 +1,4 @@
-"""Quantization to any type of llama.cpp, by llama.cpp's own quantizer in this process."""
+"""Quantization to any type of llama.cpp: by its own quantizer in this process, or on its types with error feedback."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from edgekit.artifact import Artifact
+from edgekit.calibration import Split
 from edgekit.engines.llama_cpp import Log, collect_log, library
 from edgekit.errors import InputError, ToolError, suggest
 from edgekit.formats import gguf
-from edgekit.stage import Facts, StageContext, StageParams, Tensor, stage
+from edgekit.huggingface import calibration_windows, open_checkpoint
+from edgekit.stage import CalibratedParams, Facts, StageContext, Tensor, stage
 from edgekit.stages.imatrix import FILE_NAME as IMATRIX_FILE
 from edgekit.stages.imatrix import read_imatrix
 
@@ -35,8 +37,8 @@ FILE_TYPES = {
 """llama.cpp's file types (`enum llama_ftype` in llama.h) that its quantizer writes."""
 
 
-class Params(StageParams):
-    """Parameters of `gguf`."""
+class Params(CalibratedParams):
+    """Parameters of `gguf`; the text is read for feedback only."""
 
     type: str = Field("Q4_K_M", json_schema_extra={"enum": [*sorted(FILE_TYPES)]})
     """File type: llama.cpp's mix of tensor types."""
@@ -47,6 +49,18 @@ class Params(StageParams):
     token_embedding_type: str | None = None
     pure: bool = False
     """Give every matrix the file type's base type, without llama.cpp's mix."""
+    feedback: bool = False
+    """Round with error feedback (GPTQ, arXiv:2210.17323) on the types that have a grid; needs the checkpoint."""
+
+    @property
+    def text_fields(self) -> Mapping[str, Split]:
+        """The calibration text of feedback."""
+        return super().text_fields if self.feedback else {}
+
+    @property
+    def tools(self) -> tuple[str, ...]:
+        """What feedback computes with."""
+        return ("torch", "transformers", "gguf") if self.feedback else ()
 
     @field_validator("type")
     @classmethod
@@ -87,12 +101,13 @@ class Decision:
     fallbacks: tuple[dict[str, str], ...]
 
 
-@stage(version=1, takes="gguf", gives="gguf", also=("imatrix",), tools=("llama-cpp-python",))
+@stage(version=1, takes="gguf", gives="gguf", also=("imatrix", "checkpoint"), tools=("llama-cpp-python",))
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Quantize the weights, under the importance matrix where there is one."""
     imatrix = read_imatrix(ctx.side["imatrix"].path / IMATRIX_FILE) if "imatrix" in ctx.side else None
     source, target = model.path / FILE_NAME, out / FILE_NAME
     decision = quantize(source, target, params, imatrix, on_tensor=lambda i, n: ctx.progress(i, n, "tensors"))
+    rounded = _feed_back(ctx, params, source, target) if params.feedback else []
     header = gguf.read_header(target)
     return {
         "architecture": header.architecture,
@@ -100,7 +115,22 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         "weight_bytes": header.weight_bytes,
         "fallbacks": list(decision.fallbacks),
         "imatrix": imatrix is not None,
+        "rounded_with_feedback": len(rounded),
     }
+
+
+def _feed_back(ctx: StageContext, params: Params, source: Path, target: Path) -> list[str]:
+    from edgekit.stages._feedback import round_file
+
+    if "checkpoint" not in ctx.side:
+        raise InputError("a checkpoint to round with feedback", "only a GGUF file", "build from the checkpoint")
+    tokenizer, network = open_checkpoint(ctx.side["checkpoint"])
+    windows = calibration_windows(
+        tokenizer, lambda: network, params.text, params.windows, params.window_tokens, ctx.progress
+    )
+    return round_file(
+        ctx.side["checkpoint"], network, windows, source, target, lambda i, n: ctx.progress(i, n, "matrices")
+    )
 
 
 def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> tuple[Sequence[Tensor], Sequence[str]]:

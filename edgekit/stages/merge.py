@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,8 +38,6 @@ Base = Literal["original", "nf4"]
 class Params(StageParams):
     """Parameters of `merge`."""
 
-    text_fields: ClassVar[Mapping[str, Split]] = {"text": "calibration"}
-
     weights: tuple[FiniteFloat, ...] = ()
     """How strongly each adapter is applied, in order: W + weight x (merged W - W). One that is not given is 1."""
     onto: Literal["auto", "original", "nf4"] = "auto"
@@ -48,6 +46,11 @@ class Params(StageParams):
     """Text of the check and of the loss on both bases; the adapters' own kind of text tells most."""
     windows: PositiveInt = 4
     window_tokens: PositiveInt = 128
+
+    @property
+    def text_fields(self) -> Mapping[str, Split]:
+        """The calibration text."""
+        return {"text": "calibration"}
 
 
 @dataclass(frozen=True)

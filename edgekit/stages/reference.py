@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +18,14 @@ from edgekit.stage import Facts, StageContext, StageParams, stage
 class Params(StageParams):
     """Parameters of `reference`; a recipe states them under `evaluation`."""
 
-    text_fields: ClassVar[Mapping[str, Split]] = {"text": "evaluation"}
-
     text: str = "python-docs"
     windows: PositiveInt = 8
     window_tokens: PositiveInt = 512
+
+    @property
+    def text_fields(self) -> Mapping[str, Split]:
+        """The evaluation text."""
+        return {"text": "evaluation"}
 
 
 @stage(version=1, takes="checkpoint", gives="reference", tools=("torch", "transformers"))

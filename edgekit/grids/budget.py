@@ -1,0 +1,130 @@
+"""Which type each tensor takes when the file may have so many bytes: the least predicted loss, exactly.
+
+Each tensor takes one of its options; losses add up. That is the multiple-choice knapsack problem (Kellerer, Pferschy
+and Pisinger, Knapsack Problems, chapter 11), solved as an integer program by HiGHS.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgekit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Option:
+    """A type that a tensor may take."""
+
+    type: str
+    nbytes: int
+    """In the file, padding included."""
+    loss: float
+    """What it adds to the divergence, at least 0."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A choice for all tensors."""
+
+    types: tuple[str, ...]
+    nbytes: int
+    loss: float
+
+
+def choose(tensors: Sequence[Sequence[Option]], budget_bytes: int) -> Point:
+    """Return the choice of least loss in at most `budget_bytes`.
+
+    Raises InputError where even the smallest types need more.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    smallest = sum(min(option.nbytes for option in options) for options in tensors)
+    if smallest > budget_bytes:
+        raise InputError(
+            f"a budget of at least {smallest} bytes, all tensors in their smallest types",
+            f"{budget_bytes}",
+            "raise the budget, or choose a smaller model",
+        )
+    useful = [undominated(options) for options in tensors]
+    flat = [option for options in useful for option in options]
+    loss = np.array([option.loss for option in flat])
+    # counted above the smallest choice and in units of the common divisor: the solver's tolerance is relative
+    extra = [option.nbytes - options[0].nbytes for options in useful for option in options]
+    unit = int(np.gcd.reduce([1, *extra] if not any(extra) else [n for n in extra if n]))
+    starts = np.cumsum([0, *map(len, useful)])
+    one_each = csr_array((np.ones(len(flat)), np.arange(len(flat)), starts), shape=(len(useful), len(flat)))
+    room = (budget_bytes - sum(options[0].nbytes for options in useful)) // unit
+    found = milp(
+        loss / max(float(loss.max()), np.finfo(float).tiny),
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint(np.array([extra], float) / unit, -np.inf, room),
+        ],
+        options={"mip_rel_gap": 0.0},
+    )
+    if found.x is None:
+        raise RuntimeError(f"the integer program was not solved: {found.message}")
+    chosen = [options[int(np.argmax(found.x[a:b]))] for options, a, b in zip(useful, starts, starts[1:], strict=False)]
+    point = _point(chosen)
+    assert point.nbytes <= budget_bytes
+    return point
+
+
+def curve(tensors: Sequence[Sequence[Option]]) -> list[Point]:
+    """The choices that are best for some price of a byte, from the smallest: the lower convex hull of all choices.
+
+    Every other choice of least loss lies between two of them.
+    """
+    hulls = [_hull(undominated(options)) for options in tensors]
+    steps = sorted(
+        (
+            (here.loss - there.loss) / (there.nbytes - here.nbytes),
+            tensor,
+            place,
+        )
+        for tensor, hull in enumerate(hulls)
+        for place, (here, there) in enumerate(itertools.pairwise(hull), 1)
+    )
+    chosen = [hull[0] for hull in hulls]
+    points = [_point(chosen)]
+    for _, tensor, place in reversed(steps):
+        chosen[tensor] = hulls[tensor][place]
+        points.append(_point(chosen))
+    return points
+
+
+def undominated(options: Sequence[Option]) -> list[Option]:
+    """The options that no other beats in bytes without a greater loss, by rising bytes."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.nbytes, option.loss)):
+        if not kept or option.loss < kept[-1].loss:
+            kept.append(option)
+    return kept
+
+
+def _hull(options: Sequence[Option]) -> list[Option]:
+    hull: list[Option] = []
+    for option in options:
+        while len(hull) > 1:
+            a, b = hull[-2:]
+            # b lies on or above the line from a to the new option
+            if (b.loss - a.loss) * (option.nbytes - a.nbytes) < (option.loss - a.loss) * (b.nbytes - a.nbytes):
+                break
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _point(chosen: Sequence[Option]) -> Point:
+    return Point(
+        tuple(option.type for option in chosen),
+        sum(option.nbytes for option in chosen),
+        sum(option.loss for option in chosen),
+    )

@@ -1,0 +1,77 @@
+"""The integer program of the byte budget, against enumeration of every choice."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from edgekit.errors import InputError
+from edgekit.grids.budget import Option, Point, choose, curve
+
+
+def problem(seed: int, tensors: int = 6, types: int = 4) -> list[list[Option]]:
+    """Tensors of several sizes; more bits mostly, not always, lose less."""
+    draw = np.random.default_rng(seed)
+    found = []
+    for _ in range(tensors):
+        size, sensitivity = int(draw.integers(1, 9)) * 32, float(draw.lognormal(0, 2))
+        bits = sorted(draw.choice(np.arange(2, 12), types, replace=False))
+        noise = draw.uniform(0.7, 1.4, types)
+        found.append(
+            [Option(f"q{b}", size * int(b), sensitivity * 4.0 ** -int(b) * n) for b, n in zip(bits, noise, strict=True)]
+        )
+    return found
+
+
+def enumerate_all(tensors: list[list[Option]]) -> list[tuple[int, float]]:
+    return [(sum(o.nbytes for o in c), sum(o.loss for o in c)) for c in itertools.product(*tensors)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_choice_is_the_best_of_all_within_the_budget(seed: int) -> None:
+    tensors = problem(seed)
+    choices = enumerate_all(tensors)
+    low, high = min(c[0] for c in choices), max(c[0] for c in choices)
+    for budget in np.random.default_rng(seed).integers(low, high + 1, 5):
+        found = choose(tensors, int(budget))
+        assert found.nbytes <= budget
+        assert found.loss == pytest.approx(min(loss for nbytes, loss in choices if nbytes <= budget), rel=1e-6)
+        named = [next(o for o in options if o.type == t) for options, t in zip(tensors, found.types, strict=True)]
+        assert found == Point(found.types, sum(o.nbytes for o in named), sum(o.loss for o in named))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_choice_lies_below_the_curve(seed: int) -> None:
+    tensors = problem(seed, tensors=5)
+    choices = enumerate_all(tensors)
+    points = curve(tensors)
+    sizes, losses = [p.nbytes for p in points], [p.loss for p in points]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == min(nbytes for nbytes, _ in choices)
+    assert losses[-1] == pytest.approx(min(loss for _, loss in choices))
+    for nbytes, loss in choices:
+        assert loss >= np.interp(nbytes, sizes, losses) - 1e-12
+    # its corners are choices that the program finds, too
+    for point in points:
+        assert choose(tensors, point.nbytes).loss == pytest.approx(point.loss, rel=1e-6)
+
+
+def test_a_model_of_hundreds_of_tensors_is_solved_to_the_byte() -> None:
+    """The gap to the bound that the curve gives is less than one tensor's step."""
+    tensors = problem(1, tensors=400, types=8)
+    points = curve(tensors)
+    budget = (points[0].nbytes + points[-1].nbytes) // 2
+    found = choose(tensors, budget)
+    bound = float(np.interp(budget, [p.nbytes for p in points], [p.loss for p in points]))
+    below = max((p for p in points if p.nbytes <= budget), key=lambda p: p.nbytes)
+    assert bound - 1e-9 <= found.loss <= below.loss + 1e-12
+
+
+def test_a_budget_below_the_smallest_types_says_how_much_is_needed() -> None:
+    tensors = problem(0)
+    smallest = sum(min(o.nbytes for o in options) for options in tensors)
+    assert choose(tensors, smallest).nbytes == smallest
+    with pytest.raises(InputError, match=str(smallest)):
+        choose(tensors, smallest - 1)
