@@ -41,6 +41,10 @@ VOCABULARY = 384
 SMALL = ("evaluation.windows=4", "evaluation.window_tokens=128", "imatrix.windows=4", "imatrix.window_tokens=128")
 """Settings for short texts."""
 QUICK = tuple(part for setting in SMALL for part in ("--set", setting))
+SMALL_FEEDBACK = (
+    "sensitivity.windows=4", "sensitivity.window_tokens=128", "gguf.windows=4", "gguf.window_tokens=128",
+)  # fmt: skip
+"""For recipes that round with feedback."""
 ARCHITECTURES = ("llama", "llama-biases", "mistral", "qwen3", "gemma2", "gemma3_text")
 
 
@@ -160,7 +164,7 @@ def plan_of(model: Path, recipe: str = "gguf-q4", *settings: str, target: str = 
     overrides = parse_overrides(settings)
     chosen = find_recipe(recipe, overrides)
     names = {stage.name for stage, _ in chosen.stages} | {"evaluation"}
-    quick = tuple(setting for setting in SMALL if small and setting.partition(".")[0] in names)
+    quick = tuple(setting for setting in (*SMALL, *SMALL_FEEDBACK) if small and setting.partition(".")[0] in names)
     chosen = find_recipe(recipe, {**parse_overrides(quick), **overrides})
     return make_plan(resolve_model(str(model)), chosen, find_target(target))
 

@@ -35,21 +35,22 @@ class Point:
     loss: float
 
 
-def choose(tensors: Sequence[Sequence[Option]], budget_bytes: int) -> Point:
-    """Return the choice of least loss in at most `budget_bytes`.
+def choose(tensors: Sequence[Sequence[Option]], budget_bytes: int, besides: int = 0) -> Point:
+    """Return the choice of least loss in at most `budget_bytes`, of which what is beside the tensors takes `besides`.
 
     Raises InputError where even the smallest types need more.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
 
-    smallest = sum(min(option.nbytes for option in options) for options in tensors)
+    smallest = besides + sum(min(option.nbytes for option in options) for options in tensors)
     if smallest > budget_bytes:
         raise InputError(
             f"a budget of at least {smallest} bytes, all tensors in their smallest types",
             f"{budget_bytes}",
             "raise the budget, or choose a smaller model",
         )
+    budget_bytes -= besides
     useful = [undominated(options) for options in tensors]
     flat = [option for options in useful for option in options]
     loss = np.array([option.loss for option in flat])

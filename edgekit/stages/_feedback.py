@@ -37,8 +37,8 @@ class Place:
     """A matrix of the network and where the file has it."""
 
     module: nn.Linear
-    info: gguf.TensorInfo
-    """In the quantized file."""
+    tensor: str
+    """Its name in the file."""
     rows: Tensor
     """Row of the module that each row of the file is: converters reorder those of queries and keys."""
 
@@ -63,17 +63,24 @@ def round_file(
 
     Returns the names of the tensors that were rounded.
     """
-    places = find_places(checkpoint, network, source, target)
+    quantized = {info.name: info for info in gguf.read_header(target).tensors}
+    known = {name.lower() for name in NAMES}
+    places = {
+        name: place
+        for name, place in find_places(checkpoint, network, source).items()
+        if quantized[place.tensor].type.lower() in known
+    }
     tokens = torch.from_numpy(windows.astype(np.int64))
     done: list[str] = []
     with target.open("r+b") as file:
 
         def finish(place: Place, hessian: Tensor) -> None:
-            rounded = round_matrix(place.module.weight.data, hessian, find_grid(place.info.type))
+            info = quantized[place.tensor]
+            rounded = round_matrix(place.module.weight.data, hessian, find_grid(info.type))
             place.module.weight.data = rounded.matrix
-            file.seek(place.info.offset)
+            file.seek(info.offset)
             file.write(rounded.packed[place.rows].numpy().tobytes())
-            done.append(place.info.name)
+            done.append(place.tensor)
             progress(len(done), len(places))
 
         with torch.inference_mode():
@@ -88,17 +95,16 @@ def round_file(
                 run()
             for place in places.values():
                 if place.module is head:
-                    finish(place, _head_hessian(network, tokens))
+                    finish(place, head_hessian(network, tokens))
     return done
 
 
-def find_places(checkpoint: Artifact, network: Any, source: Path, target: Path) -> dict[str, Place]:
-    """The linear layers whose matrices the file holds on a grid, by their names in the network.
+def find_places(checkpoint: Artifact, network: Any, source: Path) -> dict[str, Place]:
+    """The linear layers whose matrices a file of the same weights holds, by their names in the network.
 
     A matrix that the converter changed in another way than by the order of its rows is left out.
     """
-    original = {info.name: info for info in gguf.read_header(source).tensors}
-    quantized = {info.name: info for info in gguf.read_header(target).tensors}
+    stored = {info.name: info for info in gguf.read_header(source).tensors}
     linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     keys = [f"{name}.weight" for name in linears]
     names = gguf_names(checkpoint.facts["architecture"], checkpoint.facts["layers"], keys)
@@ -106,12 +112,10 @@ def find_places(checkpoint: Artifact, network: Any, source: Path, target: Path) 
     for name, module in linears.items():
         called = names[f"{name}.weight"]
         wanted = _HEADS if module is head else (called,)
-        found = next((quantized[one] for one in wanted if one in quantized), None)
-        if found is None or found.type.upper() not in (known.upper() for known in NAMES):
-            continue
-        rows = _rows(module.weight.data, source, original[found.name])
-        if rows is not None:
-            places[name] = Place(module, found, rows)
+        found = next((stored[one] for one in wanted if one in stored), None)
+        rows = None if found is None else _rows(module.weight.data, source, found)
+        if found is not None and rows is not None:
+            places[name] = Place(module, found.name, rows)
     return places
 
 
@@ -214,7 +218,7 @@ def _run_layer(module: nn.Module, others: dict[str, Any], states: list[Tensor], 
     given[:] = [output if isinstance(output, Tensor) else output[0] for output in outputs]
 
 
-def _head_hessian(network: Any, tokens: Tensor) -> Tensor:
+def head_hessian(network: Any, tokens: Tensor) -> Tensor:
     """The mean of x x^T over the final states, which the head reads."""
     total: Tensor | float = 0.0
     for window in tokens:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from edgekit.artifact import Artifact
 from edgekit.calibration import Split
 from edgekit.engines.llama_cpp import Log, collect_log, library
 from edgekit.errors import InputError, ToolError, suggest
 from edgekit.formats import gguf
+from edgekit.grids import NAMES
+from edgekit.grids.budget import Option, choose, curve
 from edgekit.huggingface import calibration_windows, open_checkpoint
 from edgekit.stage import CalibratedParams, Facts, StageContext, Tensor, stage
 from edgekit.stages.imatrix import FILE_NAME as IMATRIX_FILE
 from edgekit.stages.imatrix import read_imatrix
+from edgekit.stages.sensitivity import FILE_NAME as SENSITIVITY_FILE
+from edgekit.stages.sensitivity import read_sensitivity
 
 FILE_NAME = "model.gguf"
 
@@ -51,6 +57,16 @@ class Params(CalibratedParams):
     """Give every matrix the file type's base type, without llama.cpp's mix."""
     feedback: bool = False
     """Round with error feedback (GPTQ, arXiv:2210.17323) on the types that have a grid; needs the checkpoint."""
+    budget_bytes: PositiveInt | None = None
+    """Most bytes of the file: tensors take the types that lose least, as `sensitivity` measured before."""
+    bits_per_weight: float | None = Field(None, gt=0, le=32)
+    """The same in bits of the file for each weight; `budget_bytes` counts where both are given."""
+
+    def budget(self, weights: int) -> int | None:
+        """Most bytes of a file of so many weights, or None."""
+        if self.budget_bytes is None and self.bits_per_weight is not None:
+            return int(weights * self.bits_per_weight / 8)
+        return self.budget_bytes
 
     @property
     def text_fields(self) -> Mapping[str, Split]:
@@ -93,6 +109,11 @@ def _type_name(text: str) -> str:
     return known[text.lower()]
 
 
+_ADDED_BYTES = 4096
+"""More than the metadata that the quantizer adds, and the alignment after it."""
+_CURVE_POINTS = 60
+
+
 @dataclass(frozen=True)
 class Decision:
     """What llama.cpp's quantizer decided: the type of each tensor, and where it fell back."""
@@ -101,12 +122,23 @@ class Decision:
     fallbacks: tuple[dict[str, str], ...]
 
 
-@stage(version=1, takes="gguf", gives="gguf", also=("imatrix", "checkpoint"), tools=("llama-cpp-python",))
+@stage(
+    version=1, takes="gguf", gives="gguf", also=("imatrix", "checkpoint", "sensitivity"), tools=("llama-cpp-python",)
+)
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
-    """Quantize the weights, under the importance matrix where there is one."""
+    """Quantize the weights: under the importance matrix where there is one, with feedback, within a budget."""
     imatrix = read_imatrix(ctx.side["imatrix"].path / IMATRIX_FILE) if "imatrix" in ctx.side else None
     source, target = model.path / FILE_NAME, out / FILE_NAME
+    facts: Facts = {}
+    budget = params.budget(gguf.read_header(source).parameters)
+    if budget is not None:
+        if "sensitivity" not in ctx.side:
+            raise InputError("measured losses for a budget", "none", "add `- sensitivity:` before `- gguf:`")
+        losses = read_sensitivity(ctx.side["sensitivity"].path / SENSITIVITY_FILE)
+        params, facts = within_budget(source, target, params, imatrix, losses, budget)
     decision = quantize(source, target, params, imatrix, on_tensor=lambda i, n: ctx.progress(i, n, "tensors"))
+    if budget is not None and target.stat().st_size > budget:
+        raise ToolError(f"a file of at most {budget} bytes", f"{target.stat().st_size}", "lower the budget a little")
     rounded = _feed_back(ctx, params, source, target) if params.feedback else []
     header = gguf.read_header(target)
     return {
@@ -116,6 +148,7 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         "fallbacks": list(decision.fallbacks),
         "imatrix": imatrix is not None,
         "rounded_with_feedback": len(rounded),
+        **facts,
     }
 
 
@@ -144,11 +177,75 @@ def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> 
         gguf.write_skeleton(skeleton, _skeleton_metadata(tensors), [(t.name, t.shape, t.type) for t in tensors])
         # the quantizer only asks whether there is a matrix, not what it says
         imatrix = {"-": np.ones(1, np.float32)} if "imatrix" in side else None
-        decision = quantize(skeleton, Path(scratch) / "out.gguf", params, imatrix, dry_run=True)
+        target = Path(scratch) / "out.gguf"
+        budget = params.budget(sum(math.prod(t.shape) for t in tensors))
+        if budget is not None:
+            params, _ = within_budget(skeleton, target, params, imatrix, _assumed_losses(tensors), budget)
+        decision = quantize(skeleton, target, params, imatrix, dry_run=True)
     notes = [
         f"{f['tensor']}: {f['wanted']} does not divide its rows, falls back to {f['found']}" for f in decision.fallbacks
     ]
     return [replace(t, type=decision.types.get(t.name, t.type)) for t in tensors], notes
+
+
+def within_budget(
+    source: Path,
+    target: Path,
+    params: Params,
+    imatrix: Mapping[str, np.ndarray[Any, np.dtype[np.float32]]] | None,
+    losses: Mapping[str, Mapping[str, float]],
+    budget: int,
+) -> tuple[Params, Facts]:
+    """Return the parameters with the types that lose least in a file of at most `budget` bytes, and facts on them.
+
+    Tensors without losses, and those that `tensor_types` names, keep what they have. Raises InputError where the
+    budget is too small.
+    """
+    header = gguf.read_header(source)
+    mix = quantize(source, target, params, imatrix, dry_run=True).types
+
+    def nbytes(info: gguf.TensorInfo, type_name: str) -> int:
+        return -(-gguf.tensor_bytes(type_name, info.shape) // header.alignment) * header.alignment
+
+    options: dict[str, list[Option]] = {}
+    besides = header.data_offset + _ADDED_BYTES
+    for info in header.tensors:
+        if info.name in losses and not any(re.search(pattern, info.name) for pattern in params.tensor_types):
+            kinds = {_type_name(name): loss for name, loss in losses[info.name].items()}
+            options[info.name] = [Option(name, nbytes(info, name), loss) for name, loss in kinds.items()]
+        else:
+            besides += nbytes(info, mix.get(info.name, info.type))
+    found = choose(list(options.values()), budget, besides)
+    types = dict(zip(options, found.types, strict=True))
+    points = curve(list(options.values()))
+    named = {"^" + name.replace(".", r"\.") + "$": kind for name, kind in types.items()}
+    update = {
+        "tensor_types": named | params.tensor_types,
+        "output_type": types.get("output.weight", params.output_type),
+        "token_embedding_type": types.get("token_embd.weight", params.token_embedding_type),
+    }
+    facts = {
+        "budget_bytes": budget,
+        "predicted_divergence_nats": found.loss,
+        "types": dict(Counter(types.values()).most_common()),
+        "curve": [[besides + point.nbytes, point.loss] for point in points[:: max(1, len(points) // _CURVE_POINTS)]],
+    }
+    return params.model_copy(update=update), facts
+
+
+def _assumed_losses(tensors: Sequence[Tensor]) -> dict[str, dict[str, float]]:
+    """For a plan, which measures nothing: every bit quarters a weight's loss, whichever weight it is."""
+    known = {_type_name(name): name for name in NAMES}
+    kinds = [kind for kind in gguf.GGML_TYPES.values() if kind.name in known]
+    return {
+        t.name: {
+            kind.name: math.prod(t.shape) * 4.0 ** (-8 * kind.block_bytes / kind.block_elements)
+            for kind in kinds
+            if t.shape[0] % kind.block_elements == 0
+        }
+        for t in tensors
+        if len(t.shape) == 2 and t.shape[0] % 32 == 0
+    }
 
 
 def quantize(

@@ -1,0 +1,151 @@
+"""How `sensitivity` predicts losses: the Fisher metric of every output, and every type's error in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from edgekit.artifact import Artifact
+from edgekit.grids import Grid, find_grid
+from edgekit.grids.solver import round_matrix
+from edgekit.stages._feedback import find_places, head_hessian, sorted_layers, walk_layers, watched
+
+EMBEDDING = "token_embd.weight"
+
+
+def measure(
+    checkpoint: Artifact,
+    network: Any,
+    windows: npt.NDArray[np.int64],
+    source: Path,
+    types: Sequence[str],
+    progress: Callable[[int, int, str], None],
+) -> dict[str, dict[str, float]]:
+    """Return nats by tensor and type.
+
+    Args:
+        checkpoint: What the network was loaded from.
+        network: A causal language model of transformers in float32.
+        windows: (windows, tokens) of calibration text.
+        source: The model as GGUF, not quantized.
+        types: Names of grids.
+        progress: Called with what is done, its number and its unit.
+    """
+    tokens = torch.from_numpy(windows)
+    places = find_places(checkpoint, network, source)
+    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    modules = [place.module for place in places.values()]
+    slopes, table = squared_slopes(network, modules, embedding, tokens, lambda i, n: progress(i, n, "windows"))
+    found: dict[str, dict[str, float]] = {}
+
+    def try_types(module: nn.Linear, tensor: str, hessian: Tensor) -> None:
+        found[tensor] = {}
+        for grid in _grids(types, module.weight.shape[1]):
+            error = module.weight.data - round_matrix(module.weight.data, hessian, grid, sweeps=0).matrix
+            lost = ((error @ hessian) * error).sum(1)
+            found[tensor][grid.name] = 0.5 * float(slopes[module].double() @ lost.double())
+        progress(len(found), len(places), "matrices")
+
+    with torch.inference_mode():
+        for layer, run in walk_layers(network, tokens, sorted_layers(places)):
+            mine = [place for name, place in places.items() if name.startswith(f"{layer}.")]
+            with watched([place.module for place in mine]) as hessians:
+                run()
+            for place in mine:
+                try_types(place.module, place.tensor, hessians[place.module])
+        for place in places.values():
+            if place.module is head:
+                try_types(place.module, place.tensor, head_hessian(network, tokens))
+        weight = embedding.weight.data
+        looked_up = found.setdefault(EMBEDDING, {})
+        for grid in _grids(types, weight.shape[1]):
+            # a tied matrix is rounded once, and read twice
+            error = weight - _nearest(weight, grid)
+            looked_up[grid.name] = looked_up.get(grid.name, 0.0) + 0.5 * float((table * error.square()).sum())
+    return found
+
+
+def squared_slopes(
+    network: Any,
+    modules: Sequence[nn.Linear],
+    embedding: nn.Embedding,
+    tokens: Tensor,
+    progress: Callable[[int, int], None],
+) -> tuple[dict[nn.Linear, Tensor], Tensor]:
+    """Mean squared derivatives of the log-probability of drawn tokens, per calibration token.
+
+    Returns those of every module's outputs, shape (out,), and those by the embedding's weights, shape (vocabulary,
+    hidden): summed over the places where a token was looked up. Draws are the same for the same tokens.
+    """
+    sums: dict[nn.Linear, Tensor] = {}
+    table = torch.zeros_like(embedding.weight.data)
+    looked_up: list[Tensor] = []
+
+    def keep(module: nn.Linear, grad: Tensor) -> None:
+        squares = grad.reshape(-1, grad.shape[-1]).square().sum(0)
+        sums[module] = sums[module] + squares if module in sums else squares
+
+    def watch(module: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> None:
+        output.register_hook(lambda grad: keep(module, grad))
+
+    def begin(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        # the weights need no gradient, so the graph begins here
+        output.requires_grad_()
+        rows = embedding.weight.data[looked_up[-1]]
+        # some models scale what they look up
+        scale = output.detach().square().sum() / rows.square().sum()
+
+        def add(grad: Tensor) -> None:
+            table.index_add_(0, looked_up[-1], scale * grad[0].square())
+
+        output.register_hook(add)
+
+    generator = torch.Generator().manual_seed(0)
+    hooks = [module.register_forward_hook(watch) for module in modules]
+    hooks.append(embedding.register_forward_hook(begin))
+    with _frozen(network):
+        try:
+            for index, window in enumerate(tokens):
+                looked_up.append(window)
+                logits = network(window[None], use_cache=False).logits[0]
+                drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)
+                logits.log_softmax(-1).gather(1, drawn).sum().backward()
+                progress(index + 1, len(tokens))
+        finally:
+            for hook in hooks:
+                hook.remove()
+    count = tokens.numel()
+    return {module: total / count for module, total in sums.items()}, table / count
+
+
+@contextmanager
+def _frozen(network: Any) -> Iterator[None]:
+    wanted = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_()
+
+
+def _grids(types: Sequence[str], columns: int) -> list[Grid]:
+    return [grid for grid in map(find_grid, types) if columns % grid.block == 0]
+
+
+def _nearest(weight: Tensor, grid: Grid) -> Tensor:
+    """The matrix rounded block by block, as a quantizer does that knows no activations."""
+    even = torch.ones(grid.block)
+    blocks = []
+    for block in weight.split(grid.block, 1):
+        scales = grid.fit(block, even)
+        blocks.append(grid.values(grid.snap(block, scales, 0), scales, 0))
+    return torch.cat(blocks, 1)

@@ -1,0 +1,68 @@
+"""What each type would cost each tensor: the divergence that rounding it alone adds, predicted from calibration text.
+
+With y = W x and the rounding error E, the logits' law moves by half the squared length of E x in the Fisher metric of y
+(as in optimal brain surgeon, Hassibi and Stork 1993). The metric is taken diagonal and independent of x, as K-FAC does
+(Martens and Grosse, arXiv:1503.05671): sum over outputs o of g_o^2 (E H E^T)_oo / 2, where H is the mean of x x^T and
+g_o^2 the mean squared derivative of the log-probability of tokens that the model draws itself. One backward pass gives
+all of g; no labels are needed. Losses of tensors are taken to add up.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from pydantic import field_validator
+
+from edgekit.artifact import Artifact
+from edgekit.grids import NAMES
+from edgekit.huggingface import calibration_windows, open_checkpoint
+from edgekit.model import ModelShape
+from edgekit.stage import CalibratedParams, Facts, StageContext, stage
+
+FILE_NAME = "sensitivity.json"
+
+
+class Params(CalibratedParams):
+    """Parameters of `sensitivity`."""
+
+    types: tuple[str, ...] = NAMES
+    """Types to try; a tensor is tried in those whose blocks divide its rows."""
+
+    @field_validator("types")
+    @classmethod
+    def _are_grids(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        known = {name.lower(): name for name in NAMES}
+        for name in value:
+            if name.lower() not in known:
+                raise ValueError(f"{name!r} has no grid (one of {', '.join(NAMES)})")
+        return tuple(known[name.lower()] for name in value)
+
+
+@stage(version=1, takes="gguf", gives="sensitivity", also=("checkpoint",), tools=("torch", "transformers", "gguf"))
+def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
+    """Round every tensor to every type and predict the divergence that each choice adds."""
+    from edgekit.stages import _sensitivity
+
+    tokenizer, network = open_checkpoint(ctx.side["checkpoint"])
+    windows = calibration_windows(
+        tokenizer, lambda: network, params.text, params.windows, params.window_tokens, ctx.progress
+    )
+    losses = _sensitivity.measure(
+        ctx.side["checkpoint"], network, windows.astype(np.int64), model.model_path, params.types, ctx.progress
+    )
+    (out / FILE_NAME).write_text(json.dumps(losses, indent=1, sort_keys=True) + "\n")
+    return {"tensors": len(losses), "types": list(params.types)}
+
+
+def host_bytes(shape: ModelShape, params: Params) -> int:
+    """The weights in float32, and the activations of one window that a backward pass keeps."""
+    kept = params.window_tokens * shape.layers * (8 * shape.hidden + 4 * shape.feed_forward)
+    return (2 << 30) + 4 * (shape.parameters + kept + params.windows * params.window_tokens * shape.hidden)
+
+
+def read_sensitivity(path: Path) -> dict[str, dict[str, float]]:
+    """Nats by tensor and type."""
+    found: dict[str, dict[str, float]] = json.loads(path.read_text())
+    return found

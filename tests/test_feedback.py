@@ -1,0 +1,164 @@
+"""Feedback over a whole file, predicted losses and the byte budget: on tiny models, against torch and llama.cpp."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf as reference
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from edgekit.build import Built
+from edgekit.errors import InputError
+from edgekit.formats import gguf
+from edgekit.grids import find_grid
+from edgekit.grids.solver import round_matrix
+from edgekit.huggingface import open_checkpoint
+from edgekit.stages import _feedback, _sensitivity
+from edgekit.stages.evaluate import read_evaluation
+from edgekit.stages.gguf import Params, quantize
+from edgekit.store import Store
+
+
+@pytest.fixture(scope="module")
+def store(bundles: Any) -> Store:
+    """The session's store, which has the converter."""
+    found: Store = bundles.store
+    return found
+
+
+def built(store: Store, model: Path, *settings: str, recipe: str = "gguf-best") -> Built:
+    return tiny.build_in(store, tiny.plan_of(model, recipe, *settings))
+
+
+def divergence(done: Built) -> float:
+    measured = read_evaluation(dict(done.evaluations)["bundle"], "bundle")[0]
+    return next(m.value for m in measured if m.name == "kl_divergence_nats")
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
+def test_feedback_loses_less_in_the_same_bytes(store: Store, kind: str, tmp_path: Path) -> None:
+    model = tiny.write_checkpoint(tmp_path / kind, kind)
+    plain = built(store, model, recipe="gguf-q4-0")
+    done = built(store, model, "gguf.feedback=true", recipe="gguf-q4-0")
+    files = [one.result.path / "model.gguf" for one in (plain, done)]
+    assert files[0].stat().st_size == files[1].stat().st_size
+    assert done.result.facts["rounded_with_feedback"] >= 14  # seven matrices in two layers; the head may be no grid
+    assert divergence(done) < 0.9 * divergence(plain)
+
+
+def test_the_file_holds_what_the_network_was_left_with(store: Store, tiny_hf: Path, tmp_path: Path) -> None:
+    """llama.cpp's converter reorders rows of queries and keys; every row comes back at its place, to the bit."""
+    whole = built(store, tiny_hf, "gguf.type=F16", recipe="gguf-q8")
+    source = whole.result.path / "model.gguf"
+    target = tmp_path / "model.gguf"
+    quantize(source, target, Params(type="Q4_K_M"), None)
+    _, network = open_checkpoint(whole.checkpoint)
+    windows = np.random.default_rng(0).integers(0, tiny.VOCABULARY, (2, 64)).astype(np.int32)
+    done = _feedback.round_file(whole.checkpoint, network, windows, source, target, lambda i, n: None)
+    stored = {tensor.name: tensor for tensor in reference.GGUFReader(target).tensors}
+    places = _feedback.find_places(whole.checkpoint, open_checkpoint(whole.checkpoint)[1], source)
+    assert sorted(done) == sorted(place.tensor for place in places.values())
+    reordered = 0
+    for name, place in places.items():
+        tensor = stored[place.tensor]
+        assert tensor.tensor_type.name in ("Q4_K", "Q5_K", "Q6_K", "Q5_0", "Q8_0")
+        rounded = network.get_submodule(name).weight.data[place.rows].numpy()
+        np.testing.assert_array_equal(reference.dequantize(tensor.data, tensor.tensor_type), rounded)
+        reordered += not torch.equal(place.rows, torch.arange(len(place.rows)))
+    assert reordered == 4
+
+
+def test_layers_see_what_the_rounded_layers_before_them_give(store: Store, tiny_hf: Path) -> None:
+    checkpoint = built(store, tiny_hf, "gguf.type=F16", recipe="gguf-q8").checkpoint
+    _, network = open_checkpoint(checkpoint)
+    tokens = torch.randint(0, tiny.VOCABULARY, (3, 32), generator=torch.Generator().manual_seed(0))
+    seen: dict[str, torch.Tensor] = {}
+    with torch.inference_mode():
+        for layer, run in _feedback.walk_layers(network, tokens, ["model.layers.0", "model.layers.1"]):
+            linear = network.get_submodule(f"{layer}.self_attn.q_proj")
+            with _feedback.watched([linear]) as hessians:
+                run()
+            seen[layer] = hessians[linear]
+            linear.weight.mul_(1.5)
+            run()
+        # the network as it is now, layer 1 as it was when its inputs were looked at
+        network.get_submodule("model.layers.1.self_attn.q_proj").weight.div_(1.5)
+        inputs: list[torch.Tensor] = []
+        last = network.get_submodule("model.layers.1.self_attn.q_proj")
+        hook = last.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
+        for window in tokens:
+            network(window[None], use_cache=False)
+        hook.remove()
+    x = torch.cat(inputs)
+    torch.testing.assert_close(seen["model.layers.1"], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+
+
+def test_predicted_losses_are_those_of_the_logits(store: Store, tiny_hf: Path) -> None:
+    """Rounding one matrix at a time: the divergence of all logits in float64 against the prediction."""
+    whole = built(store, tiny_hf, "gguf.type=F16", recipe="gguf-q8")
+    source, checkpoint = whole.result.path / "model.gguf", whole.checkpoint
+    _, network = open_checkpoint(checkpoint)
+    windows = np.random.default_rng(0).integers(0, tiny.VOCABULARY, (24, 128))
+    losses = _sensitivity.measure(checkpoint, network, windows, source, ("Q4_0", "Q8_0"), lambda i, n, unit: None)
+    tokens = torch.from_numpy(windows)
+
+    def law() -> torch.Tensor:
+        return network(tokens, use_cache=False).logits.double().log_softmax(-1)
+
+    places = _feedback.find_places(checkpoint, network, source)
+    predicted, found = [], []
+    with torch.inference_mode():
+        before = law()
+        with _feedback.watched([place.module for place in places.values()]) as hessians:
+            law()
+        for place in places.values():
+            weight = place.module.weight.data.clone()
+            rounded = round_matrix(weight, hessians[place.module], find_grid("Q4_0"), sweeps=0)
+            place.module.weight.data = rounded.matrix
+            found.append(float((before.exp() * (before - law())).sum(-1).mean()))
+            place.module.weight.data = weight
+            predicted.append(losses[place.tensor]["Q4_0"])
+            assert losses[place.tensor]["Q8_0"] < 0.1 * losses[place.tensor]["Q4_0"]
+    ratios = np.array(predicted) / np.array(found)
+    assert ratios.min() > 0.5
+    assert ratios.max() < 2
+    assert np.corrcoef(np.log(predicted), np.log(found))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("bits", [5.0, 6.5])
+def test_a_file_uses_its_budget_and_stays_within_it(store: Store, tiny_hf: Path, bits: float) -> None:
+    done = built(store, tiny_hf, f"gguf.bits_per_weight={bits}")
+    path = done.result.path / "model.gguf"
+    header = gguf.read_header(path)
+    budget = int(header.parameters * bits / 8)
+    assert 0.97 * budget < path.stat().st_size <= budget
+    assert len({info.type for info in header.tensors}) > 2
+    facts = done.result.facts
+    assert facts["budget_bytes"] == budget
+    assert facts["curve"] == sorted(facts["curve"])
+    assert divergence(done) < 4 * facts["predicted_divergence_nats"]
+
+
+def test_a_second_budget_measures_nothing_again(store: Store, tiny_hf: Path) -> None:
+    built(store, tiny_hf, "gguf.bits_per_weight=6")
+    again = built(store, tiny_hf, "gguf.budget_bytes=1100000")
+    status = {step.stage: step.status for step in again.steps}
+    assert status["sensitivity"] == "cached"
+    assert status["gguf"] == "executed"
+
+
+def test_a_budget_below_the_smallest_types_is_refused_when_it_is_planned(tiny_hf: Path) -> None:
+    result = tiny.edgekit(
+        "plan", tiny_hf, "--target", "jetson", "--recipe", "gguf-best", "--set", "gguf.bits_per_weight=1"
+    )
+    assert result.code == 2
+    assert "a budget of at least" in result.stderr
+
+
+def test_a_budget_without_measured_losses_says_what_to_add(store: Store, tiny_hf: Path) -> None:
+    with pytest.raises(InputError, match="sensitivity"):
+        built(store, tiny_hf, "gguf.bits_per_weight=6", recipe="gguf-q4")
