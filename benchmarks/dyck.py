@@ -456,7 +456,9 @@ def main() -> None:
                 # a walk over h blocks needs some h^2 steps
                 square = math.ceil((LENGTH - SHORTEST) / block) ** 2
                 long = (16,) if outcome and not quick else ()
-                walks = [(4, tilt) for tilt in ((1.0,) if outcome else TILTS)] + [(times, 1.0) for times in long]
+                # a power makes values small and walks long: it is tried where there are few blocks
+                tilts = (1.0,) if outcome or square > 16 else TILTS
+                walks = [(4, tilt) for tilt in tilts] + [(times, 1.0) for times in long]
                 methods += [
                     Method("vgb", "trained", block, times * square, outcome, tilt)
                     for times, tilt in walks
