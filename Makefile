@@ -19,8 +19,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]' --group dev
 	@touch $@
 
-demo: $(READY) ## Set up, then build the built-in model for a Jetson
+demo: $(READY) ## Set up, build the built-in model for a Jetson, and say what a fleet of them costs
 	$(BIN)/edgekit build --target jetson --out dist
+	$(BIN)/edgekit tco dist/jetson-orin-nano-super --scenario factory-cell --out dist/tco
 
 test: $(READY) ## Set up, then run every test
 	$(BIN)/python -m pytest

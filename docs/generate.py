@@ -14,6 +14,7 @@ from edgekit.cli import COMMANDS, cli
 from edgekit.commands.targets import with_catalog
 from edgekit.recipe import find_recipe, recipe_names, recipe_schema
 from edgekit.report.write import report_schema
+from edgekit.scenario import scenario_schema
 from edgekit.stage import find_stage, stage_names
 from edgekit.support import result_format, support_markdown
 from edgekit.target import target_schema
@@ -23,7 +24,12 @@ DOCS = Path(__file__).parent
 
 def pages() -> dict[Path, str]:
     """Every generated file with the text it should have."""
-    schemas = {"recipe": recipe_schema(), "report": report_schema(), "target": target_schema()}
+    schemas = {
+        "recipe": recipe_schema(),
+        "report": report_schema(),
+        "target": target_schema(),
+        "scenario": scenario_schema(),
+    }
     return {
         DOCS / "cli.md": cli_reference(),
         DOCS / "stages.md": stage_reference(),

@@ -68,7 +68,7 @@ def _within(low: float, high: float) -> AfterValidator:
     return AfterValidator(check)
 
 
-_NUMBER = BeforeValidator(_plain)
+_NUMBER = BeforeValidator(_plain, json_schema_input_type=float | Input)
 Amount = Annotated[Input, _NUMBER, _within(0, _LARGEST)]
 Positive = Annotated[Input, _NUMBER, _within(_SMALLEST, _LARGEST)]
 Share = Annotated[Input, _NUMBER, _within(0, 1)]
@@ -217,6 +217,16 @@ def _inputs(value: Any, name: str) -> Iterator[tuple[str, Input]]:
 def scenario_names() -> tuple[str, ...]:
     """Names of the scenarios in the catalog."""
     return tuple(sorted(path.stem for path in CATALOG.glob("*.yaml")))
+
+
+def scenario_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of a scenario, for editors and for people."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Scenario.model_json_schema(),
+        "title": "edgekit scenario",
+        "description": "A fleet, its load and its prices. A figure is a number, or a value with its source and range.",
+    }
 
 
 def find_scenario(name: str, overrides: Overrides | None = None) -> Scenario:

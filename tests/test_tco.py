@@ -11,8 +11,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
+import yaml
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,9 +26,11 @@ from edgekit.errors import InputError
 from edgekit.measurement import Measurement
 from edgekit.report import Report, StrategyResult
 from edgekit.report.write import to_json
-from edgekit.scenario import CATALOG, Input, Scenario, find_scenario, parse_overrides, scenario_names
+from edgekit.scenario import CATALOG, Input, Scenario, find_scenario, parse_overrides, scenario_names, scenario_schema
 from edgekit.target import Target, find_target
 from edgekit.tco import Build, Case, assess, break_even_time, compare_costs, draw, read_build
+
+ROOT = Path(__file__).parents[1]
 
 HOST = "build-host #1234"
 BOARD = "board #9876"
@@ -735,3 +739,26 @@ def test_every_figure_of_the_table_is_marked_by_its_kind() -> None:
     cells = [cell for row in page.rows(costs) for cell in row.cells if cell]
     assert len(cells) > 15
     assert all(cell.value.startswith("≈ ") == (cell.kind == "predicted") for cell in cells)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "edgekit/catalog/scenarios").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_a_preset_keeps_the_schema_that_editors_use(path: Path) -> None:
+    first, text = path.read_text().split("\n", 1)
+    reference = first.removeprefix("# yaml-language-server: $schema=")
+    assert (path.parent / reference).resolve() == ROOT / "docs/schemas/scenario.schema.json"
+    jsonschema.validate(yaml.safe_load(text), scenario_schema(), cls=jsonschema.Draft202012Validator)
+
+
+def test_the_schema_takes_numbers_and_refuses_what_loading_refuses() -> None:
+    fields = yaml.safe_load((ROOT / "edgekit/catalog/scenarios/single-kiosk.yaml").read_text())
+    jsonschema.validate({**fields, "years": 3}, scenario_schema())
+    for wrong in ({"years": "three"}, {"devices": {"value": 1, "unit": "x"}}, {"nonsense": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**fields, **wrong}, scenario_schema())
+
+
+def test_the_scenario_schema_in_the_documentation_is_current() -> None:
+    written = (ROOT / "docs/schemas/scenario.schema.json").read_text()
+    assert written == json.dumps(scenario_schema(), indent=2) + "\n", "the schema is out of date: run `make docs`"
