@@ -22,14 +22,15 @@ from edgekit.bundle import (
     stage_bundle,
     strategy_rows,
 )
-from edgekit.devices import Device, Fingerprint, Job, JobResult, LatencyJob, Measures
+from edgekit.devices import Device, Fingerprint, Job, JobResult, LatencyJob, Measures, describe_machine
 from edgekit.formats.weights import Weight, read_weights
 from edgekit.gates import check_gates
 from edgekit.measure.strategies import StrategyRow
 from edgekit.measurement import Measurement
 from edgekit.plan import Plan, choose_strategy
+from edgekit.predict.against import prediction_errors
 from edgekit.predict.latency import predict_answer
-from edgekit.report import Fallback, MemoryPart, Report, StrategyResult, TensorGroup
+from edgekit.report import DeviceRecord, Fallback, MemoryPart, Report, StrategyResult, TensorGroup
 from edgekit.stages.evaluate import read_evaluation
 from edgekit.store import Store
 from edgekit.tools import tool_version
@@ -68,6 +69,7 @@ def deliver(
                 model=str(work / settings.model),
                 options=settings.options(),
                 measure=Measures(latency=LatencyJob()),
+                needs_bytes=plan.memory.required_bytes - plan.memory.margin_bytes,
             )
             payload_bytes = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
             started = time.monotonic()
@@ -86,6 +88,7 @@ def deliver(
 
 def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprint, timed: JobResult) -> Report:
     """Put everything that was measured, predicted and decided into one report."""
+    host = describe_machine()
     measurements: list[Measurement] = []
     windows: tuple[float, ...] = ()
     for what, artifact in built.evaluations:
@@ -99,15 +102,13 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
     strategies = strategy_rows(built)
     if strategies:
         chosen = choose_strategy(plan, strategies)
-        measurements.append(predict_answer(plan.target, plan.predictions, chosen))
-        measurements.append(_accuracy(chosen, device))
+        measurements.append(predict_answer(plan.target, plan.predictions, chosen, plan.recipe.engine))
+        measurements.append(_accuracy(chosen, host))
     weights = read_weights(built.result.model_path)
     measurements.append(_bytes("weight_bytes", sum(weight.nbytes for weight in weights)))
     measurements.append(_bytes("bundle_bytes", payload_bytes))
-    here = plan.target.name == "local"
-    # on the machine itself a measured figure replaces its prediction; sizes are measured anywhere
-    measured = {m.name for m in measurements} if here else {"weight_bytes"}
-    measurements += [m for m in plan.predictions if m.name not in measured]
+    # a prediction stays beside its measurement, for the reader to judge it by; sizes are exact
+    measurements += [m for m in plan.predictions if m.name != "weight_bytes"]
     return Report(
         edgekit_version=edgekit.__version__,
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -120,12 +121,19 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
         recipe=plan.recipe.describe(),
         model=model_summary(plan, built),
         host={
-            **device.facts,
-            "fingerprint": device.text,
-            "engine": timed.build,
+            **host.facts,
+            "fingerprint": host.text,
             "python": platform.python_version(),
             "tools": {tool: tool_version(tool) for tool in plan.tools},
         },
+        device=DeviceRecord(
+            fingerprint=timed.device,
+            facts=device.facts,
+            engine=timed.build,
+            board=timed.board,
+            samples=timed.samples,
+            decode_drift=_drift(timed.samples.get("decode_tokens_per_s", ())),
+        ),
         steps=built.steps,
         measurements=tuple(measurements),
         gates=check_gates(plan.gates, measurements),
@@ -142,31 +150,50 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
         strategies=tuple(
             StrategyResult(
                 **row.model_dump(),
-                answer_s=predict_answer(plan.target, plan.predictions, row).value,
+                answer_s=predict_answer(plan.target, plan.predictions, row, plan.recipe.engine).value,
                 chosen=bool(strategies) and row == chosen,
             )
             for row in strategies
         ),
-        notes=tuple(_notes(plan, built, device, timed, here)),
+        notes=tuple(_notes(plan, built, host, timed)),
     )
 
 
-def _notes(plan: Plan, built: Built, device: Fingerprint, timed: JobResult, here: bool) -> list[str]:
+def _drift(speeds: Sequence[float]) -> float | None:
+    return speeds[-1] / speeds[0] - 1 if len(speeds) > 1 and speeds[0] > 0 else None
+
+
+def _notes(plan: Plan, built: Built, host: Fingerprint, timed: JobResult) -> list[str]:
     notes = [*plan.notes, *(str(note) for _, artifact in built.told for note in artifact.facts.get("notes", ()))]
     decode = next((m.note for m in timed.measurements if m.name == "decode_tokens_per_s"), None) or ""
     if "contended" in decode:
         busy = decode[decode.index("contended") :]
         notes.append(f"The machine was busy while latency was measured, so the speeds are too low ({busy}).")
-    if not here:
+    # an emulated device measures neither
+    elsewhere = timed.device != host.text and bool(timed.measurements)
+    if plan.target.name == "local" and elsewhere:
+        notes.append(f"Accuracy was measured on the machine that built ({host.text}), latency on {timed.device}.")
+    elif elsewhere:
         notes.append(
-            f"Latency and memory on {plan.target.title} are predicted. Accuracy, and the latency shown as measured, "
-            f"were measured on another machine ({device.text}) with the same engine, {plan.recipe.engine}."
+            f"The latency and memory shown as measured are those of {timed.device}, which is taken for a "
+            f"{plan.target.title} because you named it. Accuracy was measured on the machine that built ({host.text}) "
+            f"with the same engine, {plan.recipe.engine}."
         )
+    elif plan.target.name != "local":
+        notes.append(
+            f"Latency and memory on {plan.target.title} are predicted. Accuracy, and any latency shown as measured, "
+            f"were measured on another machine ({host.text}) with the same engine, {plan.recipe.engine}."
+        )
+    # `local` measured here, or a device that was named as the target: not what another machine measured
+    errors = prediction_errors(plan.predictions, timed.measurements)
+    if errors and (plan.target.name != "local") == elsewhere:
+        notes.append(errors)
+    notes += [f"{flag[0].upper()}{flag[1:]}." for flag in (timed.board.flags if timed.board else ())]
     provider = built.result.facts.get("provider", "cpu")
     if provider != "cpu" and not timed.build.get("provider", "").lower().startswith(provider):
         notes.append(
-            f"The ONNX graph is made for {provider}, which this machine does not have: its structure was checked, and "
-            f"it was run and compared on {timed.build.get('provider')}. It was never run on {provider}."
+            f"The ONNX graph is made for {provider}, which the machine that measured does not have: its structure was "
+            f"checked, and it was run and compared on {timed.build.get('provider')}. It was never run on {provider}."
         )
     if plan.source.artifact.facts["quantized"]:
         notes.append(
@@ -181,7 +208,7 @@ def _notes(plan: Plan, built: Built, device: Fingerprint, timed: JobResult, here
     return notes
 
 
-def _accuracy(row: StrategyRow, device: Fingerprint) -> Measurement:
+def _accuracy(row: StrategyRow, host: Fingerprint) -> Measurement:
     return Measurement(
         name="task_accuracy",
         value=row.accuracy,
@@ -190,7 +217,7 @@ def _accuracy(row: StrategyRow, device: Fingerprint) -> Measurement:
         n=row.problems,
         ci_low=row.ci_low,
         ci_high=row.ci_high,
-        device=device.text,
+        device=host.text,
         note=f"{row.task} by {row.strategy} with {row.candidates} candidates; chosen on these very problems",
     )
 

@@ -21,7 +21,7 @@ from edgekit.measurement import Measurement
 from edgekit.model import ModelShape, Source, model_shape
 from edgekit.predict.energy import predict_energy
 from edgekit.predict.latency import predict_answer, predict_latency
-from edgekit.predict.memory import MemoryPlan, compute_buffer_bytes, kv_cache_bytes, plan_memory
+from edgekit.predict.memory import MemoryPlan, compute_buffer_bytes, kv_cache_bytes, plan_memory, predict_peak
 from edgekit.recipe import Gate, Recipe
 from edgekit.stage import Stage, StageParams, Tensor, find_stage
 from edgekit.store import Record, Store
@@ -198,7 +198,7 @@ def make_plan(
         result=result,
         tensors=tuple(tensors),
         memory=memory,
-        predictions=tuple(_predictions(target, shape, tensors, memory, context, kv_type)),
+        predictions=tuple(_predictions(target, shape, tensors, memory, context, kv_type, recipe.engine)),
         fallbacks=tuple(fallbacks),
         notes=tuple(advice),
     )
@@ -230,7 +230,7 @@ def choose_strategy(plan: Plan, rows: Sequence[StrategyRow]) -> StrategyRow:
     bounds = [gate.max for gate in plan.recipe.gates if gate.measure == "answer_s" and gate.max is not None]
     bound = min(bounds, default=math.inf)
     eligible = [row for row in rows if row.verifier != "random" and row.task == rows[0].task]
-    timed = [(predict_answer(plan.target, plan.predictions, row).value, row) for row in eligible]
+    timed = [(predict_answer(plan.target, plan.predictions, row, plan.recipe.engine).value, row) for row in eligible]
     within = [row for seconds, row in timed if seconds <= bound]
     if not within:
         return min(timed, key=lambda pair: pair[0])[1]
@@ -364,7 +364,8 @@ def _resolve_steps(
                 f"only {', '.join(sorted(latest))}",
                 "reorder the recipe's stages",
             )
-        side = tuple((kind, latest[kind]) for kind in latest if kind.partition(".")[0] in stage.also)
+        also = set(stage.also) - params.unused
+        side = tuple((kind, latest[kind]) for kind in latest if kind.partition(".")[0] in also)
         index = add(Step(stage, params, max(latest[kind] for kind in takes), side))
         latest[stage.gives] = index
         # what the user wants to ship is the model with its adapters; an import is checked before they go in
@@ -426,6 +427,7 @@ def _predictions(
     memory: MemoryPlan,
     context_tokens: int,
     kv_type: str,
+    engine: str,
 ) -> list[Measurement]:
     sizes = {
         "weight_bytes": memory.weight_bytes,
@@ -440,8 +442,9 @@ def _predictions(
         for name, value in sizes.items()
         if name != "companion_bytes" or value
     ]
-    rates = predict_latency(target, shape, tensors, context_tokens, kv_type)
-    return exact + rates + predict_energy(target, rates)
+    peak = predict_peak(target, shape, tensors, context_tokens, kv_type, engine)
+    rates = predict_latency(target, shape, tensors, context_tokens, kv_type, engine)
+    return exact + peak + rates + predict_energy(target, rates)
 
 
 def _smaller_types(plan: Plan, fits: Any) -> list[str]:

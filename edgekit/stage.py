@@ -38,6 +38,11 @@ class StageParams(Strict):
         """Distributions that change the output because of a parameter, besides those that the stage declares."""
         return ()
 
+    @property
+    def unused(self) -> frozenset[str]:
+        """Kinds that the stage declares in `also` and has no use for with these parameters."""
+        return frozenset()
+
 
 class CalibratedParams(StageParams):
     """Base of the parameters of a stage that reads calibration text."""

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 from typing_extensions import TypeAliasType
 
 from edgekit.config import Document, Strict
@@ -87,6 +87,8 @@ class Memory(Strict):
     """Free for weights, KV cache and buffers once the system runs."""
     bandwidth_bytes_per_s: Figure[Positive]
     """Peak of the memory that holds the weights."""
+    copy_bytes_per_s: Figure[Positive] | None = None
+    """What a memory copy by the CPU reads and writes per second; on boards it tells more of decode than the peak."""
     unified: bool
     """True where the CPU and the accelerator share this memory."""
 
@@ -105,6 +107,20 @@ class Compute(Strict):
     """Share of the dense peak that prefill reaches."""
     token_overhead_s: Figure[NonNegative]
     """Time per token that does not shrink with the model: launches, sampling, synchronisation."""
+    points: NonNegativeInt = 0
+    """Published decode rates that efficiency and overhead were fitted to; 0 where they were estimated otherwise."""
+
+
+class Runtime(Strict):
+    """The same shares for another engine than the first of `engines`, or for a runtime that edgekit does not drive."""
+
+    decode_efficiency: Figure[Share]
+    token_overhead_s: Figure[NonNegative]
+    prefill_efficiency: Figure[Share] | None = None
+    peak_flops_per_s: Figure[Positive] | None = None
+    """Peak of the processor it runs on, where that is not the one of `compute`."""
+    points: PositiveInt
+    """Published decode rates that efficiency and overhead were fitted to."""
 
 
 class Power(Strict):
@@ -115,6 +131,14 @@ class Power(Strict):
     """While decoding a language model."""
     max_w: Watts | None = None
     modes: tuple[str, ...] = ()
+    mode_rates: dict[str, Figure[Share]] = Field(default={})
+    """Decode rate in a mode over that of the profile, where somebody published it."""
+
+    @model_validator(mode="after")
+    def _modes_are_known(self) -> Power:
+        if unknown := sorted(set(self.mode_rates) - set(self.modes)):
+            raise ValueError(f"mode_rates names {unknown[0]!r}, which is not in modes")
+        return self
 
 
 class Target(Strict):
@@ -137,6 +161,8 @@ class Target(Strict):
     """Context length that the bundle is planned for."""
     memory: Memory
     compute: Compute
+    runtimes: dict[Annotated[str, Field(pattern=r"^[a-z0-9_-]+(/[a-z]+)?$")], Runtime] = Field(default={})
+    """Constants of further engines; after a slash the back end, where it is not the target's accelerator."""
     power: Power = Power()
     price_usd: Figure[Positive] | None = None
     notes: tuple[Text, ...] = ()
@@ -192,8 +218,10 @@ def all_targets() -> list[Target]:
 def find_target(name: str) -> Target:
     """Return a target by its name, an alias, the path of a profile (`./board.yaml`), or `local`.
 
+    A power mode may follow, as in `jetson-agx-orin-64gb@30W`: the same target, slowed to what was published of it.
+
     Raises:
-        InputError: there is no such target (with the closest known name), or the file is not valid.
+        InputError: there is no such target or mode (with the closest known name), or the file is not valid.
     """
     if name == LOCAL:
         from edgekit.devices.probe import probe_local
@@ -201,10 +229,58 @@ def find_target(name: str) -> Target:
         return probe_local()
     if Path(name).suffix in (".yaml", ".yml"):
         return load_target(Path(name))
+    if "@" in name:
+        whole, _, mode = name.rpartition("@")
+        return in_mode(find_target(whole), mode)
     known = {key: target for target in _catalog() for key in (target.name, *target.aliases)}
     if name not in known:
         raise InputError(f"a target named {name!r}", f"none{suggest(name, [*known, LOCAL])}", "edgekit targets list")
     return known[name]
+
+
+def in_mode(target: Target, mode: str) -> Target:
+    """The target in one of its power modes; what it draws in it is not known.
+
+    Bandwidth and arithmetic take the published share of the decode rate, and the overhead of a token its inverse.
+
+    Raises:
+        InputError: the profile has no rate for such a mode.
+    """
+    rates = target.power.mode_rates
+    if mode not in rates:
+        known = ", ".join(f"{target.name}@{name}" for name in rates) or "there is none"
+        wanted = f"a power mode of {target.name} with a known rate ({known})"
+        raise InputError(wanted, repr(mode), f"edgekit targets show {target.name}")
+    share, memory, compute = rates[mode], target.memory, target.compute
+
+    def times(figure: Figure[float], factor: float) -> Figure[float]:
+        how = f"{figure.origin}; times {factor:.3g} in {mode}: {share.origin}"
+        return Figure(value=figure.value * factor, estimate=how)
+
+    copy = memory.copy_bytes_per_s
+    slower = 1 / share.value
+    return target.model_copy(
+        update={
+            "title": f"{target.title}, in {mode}",
+            "memory": memory.model_copy(
+                update={
+                    "bandwidth_bytes_per_s": times(memory.bandwidth_bytes_per_s, share.value),
+                    "copy_bytes_per_s": copy and times(copy, share.value),
+                }
+            ),
+            "compute": compute.model_copy(
+                update={
+                    "dense_flops_per_s": times(compute.dense_flops_per_s, share.value),
+                    "token_overhead_s": times(compute.token_overhead_s, slower),
+                }
+            ),
+            "runtimes": {
+                name: runtime.model_copy(update={"token_overhead_s": times(runtime.token_overhead_s, slower)})
+                for name, runtime in target.runtimes.items()
+            },
+            "power": target.power.model_copy(update={"idle_w": None, "typical_w": None, "max_w": None}),
+        }
+    )
 
 
 def target_schema() -> dict[str, Any]:

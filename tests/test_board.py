@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from edgekit.devices.board import BoardState, Clock, flags_of, read_state, uses_accelerator
+from edgekit.devices.board import BoardState, Clock, flags_of, read_state, throttled, uses_accelerator
 
 
 def write(root: Path, **files: str) -> Path:
@@ -137,3 +138,20 @@ def test_what_makes_figures_less_comparable_is_told(start: object, end: object, 
 )
 def test_use_of_an_accelerator_is_confirmed_by_what_the_engine_says(build: dict[str, str], used: bool) -> None:
     assert uses_accelerator(build) == used
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "told"),
+    [
+        ({}, {}, None),
+        ({"clocks": {"cpu 0": Clock(hz=1, limit_hz=1000)}}, {"clocks": {"cpu 0": Clock(hz=1, limit_hz=1000)}}, None),
+        ({"clocks": {"cpu 0": Clock(hz=1, limit_hz=1000)}}, {"clocks": {"cpu 0": Clock(hz=1, limit_hz=900)}}, True),
+        ({"clocks": {"cpu 0": Clock(hz=1, limit_hz=1000)}}, {"clocks": {"cpu 0": Clock(hz=1, limit_hz=1100)}}, None),
+        ({"throttle_bits": 0x50000}, {"throttle_bits": 0x50000}, False),
+        ({"throttle_bits": 0}, {"throttle_bits": 0x40000}, True),
+        ({"throttle_counts": {"cpu0 core": 3}}, {"throttle_counts": {"cpu0 core": 3}}, False),
+        ({"throttle_counts": {"cpu0 core": 3}}, {"throttle_counts": {"cpu0 core": 4}}, True),
+    ],
+)
+def test_throttled_is_yes_no_or_not_told(start: dict[str, Any], end: dict[str, Any], told: bool | None) -> None:
+    assert throttled(BoardState(**start), BoardState(**end)) is told

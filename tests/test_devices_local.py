@@ -32,7 +32,7 @@ def job(**fields: object) -> Job:
 def run_instead(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     """Let the job's process be a script; its arguments are the job and the result file."""
     monkeypatch.setattr(
-        local, "agent_command", lambda job, result: [sys.executable, "-c", script, str(job), str(result)]
+        local, "agent_command", lambda python, job, result: [sys.executable, "-c", script, str(job), str(result)]
     )
 
 
@@ -169,7 +169,9 @@ def test_an_orphaned_job_ends_itself(tmp_path: Path) -> None:
     job_path = tmp_path / "job.json"
     endless = job(measure={"latency": {"repeats": 1_000_000}})
     job_path.write_text(endless.model_dump_json())
-    process = subprocess.Popen(local.agent_command(job_path, tmp_path / "result.jsonl"), stdin=subprocess.PIPE)
+    process = subprocess.Popen(
+        local.agent_command([sys.executable], job_path, tmp_path / "result.jsonl"), stdin=subprocess.PIPE
+    )
     while not (tmp_path / "result.jsonl").exists():
         time.sleep(0.05)
     assert process.stdin is not None

@@ -12,11 +12,32 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from edgekit.devices.board import BoardRecord
 from edgekit.errors import InputError
 from edgekit.measurement import Measurement
-from edgekit.report import Fallback, GateResult, MemoryPart, Report, StepRecord, TensorGroup, figures, html, markdown
+from edgekit.report import (
+    DeviceRecord,
+    Fallback,
+    GateResult,
+    MemoryPart,
+    Report,
+    StepRecord,
+    TensorGroup,
+    figures,
+    html,
+    markdown,
+)
 from edgekit.report.figures import bytes_text, number, percent, seconds_text, shown, ticks
-from edgekit.report.summary import key_figures, memory_on_target, pick, rows, sentence, verdict
+from edgekit.report.summary import (
+    device_line,
+    device_text,
+    key_figures,
+    memory_on_target,
+    pick,
+    rows,
+    sentence,
+    verdict,
+)
 from edgekit.report.terminal import show
 from edgekit.report.write import read_report, report_schema, to_json, write_report
 
@@ -162,6 +183,14 @@ def hostile() -> Report:
         recipe={"name": NASTY, "stages": [{"stage": NASTY}]},
         model={"source": NASTY, "licence": rtl, "wide": wide, "long": long},
         host={"fingerprint": NASTY, "cpu": NASTY},
+        device=DeviceRecord(
+            fingerprint=long,
+            facts={"board": NASTY, NASTY: NASTY},
+            engine={NASTY: NASTY},
+            board=BoardRecord.model_validate({"start": {"power_mode": NASTY, "temperatures_c": {NASTY: 1e9}}}),
+            samples={NASTY: (0.0, 1e300)},
+            decode_drift=-1.0,
+        ),
         steps=(StepRecord(stage=NASTY, key=NASTY, status="executed", seconds=0),),
         measurements=(
             measured("decode_tokens_per_s", 1e-9, "tokens/s", 1, 0.0, device=NASTY),
@@ -514,6 +543,25 @@ def test_key_figures_put_host_and_target_side_by_side():
     assert [reading.name for reading in tiles["Peak memory"].readings] == ["peak_rss_bytes", "required_bytes"]
     assert tiles["Perplexity"].context == "source 17.10, relative 1.0650\N{MULTIPLICATION SIGN}"
     assert key_figures(minimal()) == []
+
+
+def test_the_device_that_measured_is_named_with_its_state():
+    assert device_line(realistic()) == device_line(minimal()) == ""
+    state = {"power_mode": "15W", "temperatures_c": {"cpu": 41.0, "gpu": 47.6}}
+    hot = {**state, "temperatures_c": {"cpu": 63.2}}
+    board = BoardRecord.model_validate({"start": state, "end": hot, "throttled": False})
+    device = DeviceRecord(fingerprint="pi #1", facts={"cpu": "A76", "board": "Acme(R) Pi"}, engine={}, samples={})
+    report = realistic().model_copy(update={"device": device})
+    assert device_line(report) == "device: Acme Pi"
+    assert device_text(report, "pi #1") == "Acme Pi"
+    assert device_text(report, HOST).endswith("(build host)")
+    told = device.model_copy(update={"board": board, "decode_drift": 0.0123})
+    assert device_line(report.model_copy(update={"device": told})) == (
+        "device: Acme Pi; power mode: 15W; throttled: no; temperature: 48 to 63 °C; "
+        "decode speed from the first repeat to the last: +1.2%"
+    )
+    here = report.model_copy(update={"host": {"fingerprint": "pi #1", "cpu": "A76"}})
+    assert device_line(here) == "device: A76 (build host)"
 
 
 def test_sentence_uses_only_what_is_there():

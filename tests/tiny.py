@@ -164,7 +164,9 @@ def plan_of(model: Path, recipe: str = "gguf-q4", *settings: str, target: str = 
     overrides = parse_overrides(settings)
     chosen = find_recipe(recipe, overrides)
     names = {stage.name for stage, _ in chosen.stages} | {"evaluation"}
-    quick = tuple(setting for setting in (*SMALL, *SMALL_FEEDBACK) if small and setting.partition(".")[0] in names)
+    feedback = any(stage.text_fields for name, stage in chosen.stages if name.name == "gguf")
+    quick = SMALL + (SMALL_FEEDBACK if feedback else ())
+    quick = tuple(setting for setting in quick if small and setting.partition(".")[0] in names)
     chosen = find_recipe(recipe, {**parse_overrides(quick), **overrides})
     return make_plan(resolve_model(str(model)), chosen, find_target(target))
 

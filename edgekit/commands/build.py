@@ -25,7 +25,9 @@ from edgekit.store import Store
 @click.command(name="build", short_help="Make a bundle for one or more targets.")
 @planning_options
 @click.option("--out", "-o", type=GivenPath(), default=Path("dist"), show_default=True, help="Output.")
-@click.option("--device", "device_url", default="local", show_default=True, help="Where to measure.")
+@click.option(
+    "--device", "device_url", default="local", show_default=True, help="Where to measure: local, ssh://user@host."
+)
 @click.option("--dry-run", is_flag=True, help="Only plan, like `edgekit plan`.")
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, out: Path, device_url: str, dry_run: bool, **arguments: Any) -> None:
@@ -81,6 +83,7 @@ def _describe(plan: Plan, result: Delivered) -> dict[str, Any]:
         "digest": result.bundle.manifest.digest,
         "report": str(result.bundle.path / "report.json"),
         "passed": report.passed,
+        "device": report.device.model_dump(mode="json") if report.device else None,
         "steps": [step.model_dump(mode="json") for step in report.steps],
         "measurements": [m.model_dump(mode="json") for m in report.measurements],
         "gates": [gate.model_dump(mode="json") for gate in report.gates],

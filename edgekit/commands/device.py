@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from edgekit.devices.qemu_aarch64 import ENGINE, QemuAarch64
 from edgekit.devices.ssh import EXTRAS, Check, Ssh
 from edgekit.errors import InputError
 
@@ -48,17 +49,31 @@ def check_device(url: str, engine: str, as_json: bool) -> None:
 @_ENGINE
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def set_up_device(url: str, engine: str, yes: bool) -> None:
-    """Install this edgekit with an engine on ssh://[user@]host[:port].
+    """Install this edgekit with an engine on ssh://[user@]host[:port], or make qemu-aarch64.
 
     It goes as a wheel into an environment of its own, `~/.cache/edgekit/device/venv`, made with Python 3.11 or later
     of the board; the engine comes from the package index that pip uses there. Nothing else on the board changes.
+    For qemu-aarch64, packages of apt's sources are unpacked into a directory here, and llama.cpp is compiled for it.
     """
+    if url.partition(":")[0] == "qemu-aarch64":
+        _set_up_emulation(QemuAarch64(url), engine, yes)
+        return
     board = Ssh(url)
     what = f"install edgekit[{EXTRAS[engine]}] into ~/.cache/edgekit/device/venv on {board.address}"
     if not yes and not click.confirm(f"{what}?", err=True):
         raise InputError(f"a yes to {what}", "no", f"edgekit device setup {url} --yes")
     found = board.setup(engine, lambda line: click.echo(f"  {line}", err=True))
     _show(dict(_rows(found, engine)))
+
+
+def _set_up_emulation(device: QemuAarch64, engine: str, yes: bool) -> None:
+    if engine != ENGINE:
+        raise InputError(f"--engine {ENGINE} for an emulated processor", engine, "leave --engine out")
+    what = f"download packages for aarch64, compile llama.cpp for it (minutes), and put all into {device.root}"
+    if not yes and not click.confirm(f"{what}?", err=True):
+        raise InputError(f"a yes to {what}", "no", "edgekit device setup qemu-aarch64 --yes")
+    system = device.setup(lambda line: click.echo(f"  {line}", err=True))
+    _show({"machine": device.fingerprint().text, "llama_cpp": system})
 
 
 def _show(rows: dict[str, object]) -> None:

@@ -117,6 +117,11 @@ def show(plan: Plan, store: Store, console: Console) -> None:
                 markup=False,
                 highlight=False,
             )
+        elif prediction.name == "peak_rss_bytes":
+            peak = f"{prediction.value / (1 << 20):,.1f} MiB predicted for the whole process, {prediction.note}"
+            console.print(f"{prediction.name}: {peak}", markup=False, highlight=False)
+    rate = next(m for m in plan.predictions if m.name == "decode_tokens_per_s")
+    console.print(f"rates: {rate.note}", markup=False, highlight=False)
     if plan.fallbacks:
         first = plan.fallbacks[0]
         console.print(f"{len(plan.fallbacks)} tensors fall back to another type, e.g. {first}", highlight=False)

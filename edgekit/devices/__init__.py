@@ -1,4 +1,7 @@
-"""Where an engine runs: one file per kind of device, named as the scheme of its URL (`local`, `ssh://user@host`)."""
+"""Where an engine runs: one file per kind of device, named as the scheme of its URL (`local`, `ssh://user@host`).
+
+A dash in a scheme is an underscore in the file's name.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Protocol, cast
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, cast
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -22,6 +25,9 @@ from edgekit.devices.board import BoardRecord
 from edgekit.engine import EngineOptions
 from edgekit.errors import InputError, suggest
 from edgekit.measurement import Measurement
+
+if TYPE_CHECKING:
+    from edgekit.devices.probe import Probed
 
 
 class LatencyJob(Strict):
@@ -91,6 +97,8 @@ class Job(Strict):
     measure: Measures = Measures()
     of: str = "bundle"
     """What the measurements describe."""
+    needs_bytes: NonNegativeInt = 0
+    """Memory that the job is predicted to take; a device that has less free need not start it."""
 
     def with_paths(self, place: Callable[[str], str]) -> Job:
         """The same job with every path in it replaced."""
@@ -138,6 +146,10 @@ class Device(Protocol):
         """Describe the machine."""
         ...
 
+    def probe(self) -> Probed:
+        """Measure the machine itself, as a target. Raises ToolError where that says nothing."""
+        ...
+
     def run(
         self, job: Job, *, timeout_s: float | None = None, progress: Callable[[str], None] | None = None
     ) -> JobResult:
@@ -154,7 +166,7 @@ class Device(Protocol):
 def device_names() -> tuple[str, ...]:
     """Kinds of devices: the files of this room that open one."""
     names = (module.name for module in pkgutil.iter_modules(__path__))
-    return tuple(sorted(name for name in names if hasattr(_module(name), "open_device")))
+    return tuple(sorted(name.replace("_", "-") for name in names if hasattr(_module(name), "open_device")))
 
 
 def open_device(url: str) -> Device:
@@ -163,7 +175,7 @@ def open_device(url: str) -> Device:
     if scheme not in device_names():
         known = device_names()
         raise InputError(f"a device ({', '.join(known)})", f"{url!r}{suggest(scheme, known)}", "--device local")
-    return cast(Device, _module(scheme).open_device(url))
+    return cast(Device, _module(scheme.replace("-", "_")).open_device(url))
 
 
 def _module(name: str) -> Any:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal
+from typing import IO, Annotated, Any, Literal, TypeVar
 from urllib.parse import parse_qsl
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, StringConstraints, TypeAdapter, ValidationError
@@ -27,6 +27,7 @@ from edgekit.devices._results import MAX_LINE_CHARACTERS, Text, printable
 from edgekit.engine import Closing
 from edgekit.errors import InputError, ToolError
 
+S = TypeVar("S", bound=Strict)
 ROOT = "~/.cache/edgekit/device"
 _MAX_REPLY_BYTES = 3 * MAX_LINE_CHARACTERS  # quotes and backslashes are escaped once more
 _MAX_NOISE_BYTES = 1 << 16
@@ -80,20 +81,24 @@ def parse_url(url: str) -> tuple[Address, Settings]:
     usage = "ssh://[user@]host[:port]"
     if found is None or not 0 < int(found["port"] or 22) < 1 << 16:
         raise InputError(f"a device {usage}", repr(url), f"--device {usage}")
-    given = parse_qsl(found["settings"] or "", keep_blank_values=True)
+    settings = read_settings(Settings, found["settings"], url)
+    port = int(found["port"]) if found["port"] else None
+    return Address(found["host"].strip("[]"), found["user"], port), settings
+
+
+def read_settings(kind: type[S], text: str | None, url: str) -> S:
+    """Read `name=value&name=value` behind a URL's question mark. Raises InputError."""
+    given = parse_qsl(text or "", keep_blank_values=True)
     if len(dict(given)) < len(given):
         raise InputError("each setting of a device once", repr(url), "leave one out")
     try:
-        settings = Settings.model_validate(dict(given))
+        return kind.model_validate(dict(given))
     except ValidationError as error:
         detail = error.errors()[0]
         place = ".".join(map(str, detail["loc"]))
-        known = ", ".join(Settings.model_fields)
-        raise InputError(
-            f"settings of a device ({known})", f"{place}: {explain(Settings, detail)}", "edit the URL"
-        ) from None
-    port = int(found["port"]) if found["port"] else None
-    return Address(found["host"].strip("[]"), found["user"], port), settings
+        known = ", ".join(kind.model_fields)
+        found = f"{place}: {explain(kind, detail)}"
+        raise InputError(f"settings of a device ({known})", found, "edit the URL") from None
 
 
 class Holder(Strict):

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, Field, FiniteFloat, StringConstraints, Type
 from edgekit import errors
 from edgekit.config import Strict
 from edgekit.devices import Answered, Job, JobResult
-from edgekit.devices.board import BoardRecord, BoardState, flags_of
+from edgekit.devices.board import BoardRecord, BoardState, flags_of, throttled
 from edgekit.errors import EdgekitError, ToolError
 from edgekit.measurement import Measurement
 
@@ -216,7 +216,8 @@ def build_result(lines: Sequence[Line], end: End, attempts: int = 1) -> JobResul
         flags = flags_of(states[0], states[-1], build.info)
         if attempts > 1:
             flags = (*flags, f"measured in {attempts} attempts: the connection was lost in between")
-        board = BoardRecord(start=states[0], end=states[-1], flags=flags)
+        slowed = throttled(states[0], states[-1])
+        board = BoardRecord(start=states[0], end=states[-1], throttled=slowed, flags=flags)
     return JobResult(
         device=build.device,
         build=build.info,

@@ -3,7 +3,8 @@
 It appends one JSON object a line, each with a `type`, as `edgekit.devices._results` reads them: `build`, `board`,
 `loaded`, `samples`, `measurement`, `divergence_per_window`, `answer`, `part` after each part of the job, `error`, and
 last `done`. With the flag it ends when its standard input does: whoever held the other end is gone. With `--describe
-ENGINE` instead it prints the version, the machine and the engine as one JSON object.
+ENGINE` instead it prints the version, the machine and the engine as one JSON object, with `--probe` the version and
+the machine as a target.
 Nothing but the engine, numpy, pydantic, psutil and, for chat templates, jinja2 is imported.
 """
 
@@ -32,12 +33,16 @@ from edgekit.measurement import Measurement
 Emit = Callable[..., None]
 END_WITH_STDIN = "--end-with-stdin"
 DESCRIBE = "--describe"
+PROBE = "--probe"
 
 
 def main(arguments: list[str]) -> int:
     """Run the job and return the exit code: 0, or the code of the error that was written."""
     if arguments[:1] == [DESCRIBE]:
         print(json.dumps(describe(*arguments[1:])))
+        return 0
+    if arguments == [PROBE]:
+        print(json.dumps(probe()))
         return 0
     faulthandler.enable()  # a crash inside the engine then says so on stderr
     job_path, result_path = map(Path, arguments[:2])
@@ -144,6 +149,17 @@ def describe(engine: str | None = None) -> dict[str, Any]:
             missing = ToolError(f"the package {error.name}", "it is not installed", "install it")
             told["problem"] = describe_error(missing)
     return {**told, "board": read_state().model_dump(mode="json")}
+
+
+def probe() -> dict[str, Any]:
+    """What `--probe` prints: the same, with the machine as a target."""
+    from edgekit.devices.probe import probe_machine
+
+    try:
+        probed = probe_machine()
+    except EdgekitError as error:
+        return {**describe(), "problem": describe_error(error)}
+    return {**describe(), "target": probed.target.model_dump(mode="json"), "power_sensors": probed.power_sensors}
 
 
 def describe_error(error: EdgekitError) -> dict[str, str]:

@@ -39,6 +39,8 @@ class BoardState(Strict):
 
     power_mode: Word | None = None
     """The name of the nvpmodel mode."""
+    power_modes: Annotated[tuple[Word, ...], Field(max_length=_MOST)] = ()
+    """The names of all of them."""
     clocks: Annotated[dict[Word, Clock], Field(default_factory=dict, max_length=2 * _MOST)]
     """CPU policies and other devices that scale their frequency, e.g. the GPU of a Jetson."""
     temperatures_c: Annotated[dict[Word, FiniteFloat], Field(default_factory=dict, max_length=_MOST)]
@@ -56,6 +58,8 @@ class BoardRecord(Strict):
     start: BoardState
     end: BoardState | None = None
     """None when the job did not come to its end."""
+    throttled: bool | None = None
+    """Whether anything was slowed down meanwhile; None where the board does not tell."""
     flags: tuple[str, ...] = ()
     """Sentences about what makes its figures less comparable; none is good news."""
 
@@ -73,6 +77,7 @@ def read_state(root: Path = Path("/"), run: Run = run_command) -> BoardState:
     """Read the state below `root`; `run` executes a command of the vendor and returns what it prints, or None."""
     return BoardState(
         power_mode=_power_mode(root, run),
+        power_modes=tuple(_power_modes(root).values())[:_MOST],
         clocks=dict([*_cpu_clocks(root), *_other_clocks(root)][: 2 * _MOST]),
         temperatures_c=_temperatures(root),
         throttle_bits=_throttle_bits(root, run),
@@ -95,11 +100,25 @@ def flags_of(start: BoardState, end: BoardState, build: Mapping[str, str]) -> tu
         before, after = start.clocks[name], end.clocks[name]
         if before.governor != after.governor:
             found.append(f"governor of {name} changed from {before.governor} to {after.governor}")
-        if before.limit_hz and after.limit_hz and abs(after.limit_hz / before.limit_hz - 1) > SETTLES_HZ:
+        if before.limit_hz and after.limit_hz and abs(_limit_change(before, after)) > SETTLES_HZ:
             found.append(f"limit of {name} went from {before.limit_hz / 1e6:.0f} to {after.limit_hz / 1e6:.0f} MHz")
     if start.accelerators and not uses_accelerator(build):
         found.append(f"the accelerator ({', '.join(start.accelerators)}) was not used: all ran on the CPU")
     return tuple(found)
+
+
+def throttled(start: BoardState, end: BoardState) -> bool | None:
+    """Whether the board throttled between two states: its own word, or a clock's limit that fell.
+
+    None where nothing tells: a limit that stays says little, for some boards throttle without lowering it.
+    """
+    fell = any(
+        _limit_change(start.clocks[name], end.clocks[name]) < -SETTLES_HZ
+        for name in start.clocks.keys() & end.clocks.keys()
+    )
+    if fell or _throttling(start, end):
+        return True
+    return None if end.throttle_bits is None and not end.throttle_counts else False
 
 
 def uses_accelerator(build: Mapping[str, str]) -> bool:
@@ -109,6 +128,11 @@ def uses_accelerator(build: Mapping[str, str]) -> bool:
         or build.get("provider", "CPUExecutionProvider") != "CPUExecutionProvider"
         or build.get("device", "cpu") != "cpu"
     )
+
+
+def _limit_change(before: Clock, after: Clock) -> float:
+    """Relative change of a clock's limit; 0 where it is not known."""
+    return after.limit_hz / before.limit_hz - 1 if before.limit_hz and after.limit_hz else 0.0
 
 
 def _throttling(start: BoardState, end: BoardState) -> list[str]:
@@ -127,11 +151,15 @@ def _throttling(start: BoardState, end: BoardState) -> list[str]:
 def _power_mode(root: Path, run: Run) -> str | None:
     # the service writes pmode:ID; the configuration names the mode
     if status := re.search(r"pmode:0*(\d+)", _read(root / "var/lib/nvpmodel/status") or ""):
-        modes = re.findall(r"POWER_MODEL\s+ID=0*(\d+)\s+NAME=(\S{1,100})", _read(root / "etc/nvpmodel.conf") or "")
-        names: dict[str, str] = dict(modes)
-        return names.get(status[1], f"mode {status[1][:9]}")
+        return _power_modes(root).get(status[1], f"mode {status[1][:9]}")
     told = re.search(r"NV Power Mode:\s*(\S{1,100})", run(["nvpmodel", "-q"]) or "")
     return told[1] if told else None
+
+
+def _power_modes(root: Path) -> dict[str, str]:
+    """Names of the modes by their numbers."""
+    found = re.findall(r"POWER_MODEL\s+ID=0*(\d+)\s+NAME=(\S{1,100})", _read(root / "etc/nvpmodel.conf") or "")
+    return dict(found)
 
 
 def _cpu_clocks(root: Path) -> list[tuple[str, Clock]]:

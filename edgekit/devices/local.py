@@ -8,9 +8,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import edgekit
 from edgekit.devices import Device, Fingerprint, Job, JobResult, describe_machine
@@ -18,6 +18,9 @@ from edgekit.devices._remote import GRACE_S, Lines, end_group, oom_kills
 from edgekit.devices._results import End, LineReader, build_result
 from edgekit.devices.agent import END_WITH_STDIN
 from edgekit.errors import InputError, ToolError
+
+if TYPE_CHECKING:
+    from edgekit.devices.probe import Probed
 
 _POLL_S = 0.05
 _GRACE_S = GRACE_S  # between asking a process to end and killing it
@@ -38,9 +41,22 @@ def fingerprint() -> str:
 class Local:
     """This machine."""
 
+    def __init__(self, python: Sequence[str] = (sys.executable, "-P"), environment: Mapping[str, str] | None = None):
+        """`python` starts a job's interpreter in an environment; -P keeps the working directory off its module path."""
+        self.python = tuple(python)
+        package_root = str(Path(edgekit.__file__).parents[1])
+        path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        self.environment = environment or {**os.environ, "PYTHONPATH": path}
+
     def fingerprint(self) -> Fingerprint:
         """Describe this machine."""
         return describe_machine()
+
+    def probe(self) -> Probed:
+        """Measure this machine, in this process."""
+        from edgekit.devices.probe import probe_machine
+
+        return probe_machine()
 
     def run(
         self, job: Job, *, timeout_s: float | None = None, progress: Callable[[str], None] | None = None
@@ -65,27 +81,28 @@ class Local:
                     reader.add(line)
 
             kills_before = oom_kills()
-            with log_path.open("wb") as log, _process(agent_command(job_path, result_path), directory, log) as process:
+            command = agent_command(self.python, job_path, result_path)
+            with log_path.open("wb") as log, _process(command, self.environment, directory, log) as process:
                 code = _wait(process, timeout_s, read)
             read()
             end = End(code, oom_kills() > kills_before, log_path.read_text(errors="replace"))
             return build_result(reader.found, end)
 
 
-def agent_command(job_path: Path, result_path: Path) -> list[str]:
-    """The command line that runs a job here; -P keeps the working directory off the module path."""
-    return [sys.executable, "-P", "-m", "edgekit.devices.agent", str(job_path), str(result_path), END_WITH_STDIN]
+def agent_command(python: Sequence[str], job_path: Path, result_path: Path) -> list[str]:
+    """The command line that runs a job by an interpreter."""
+    return [*python, "-m", "edgekit.devices.agent", str(job_path), str(result_path), END_WITH_STDIN]
 
 
 @contextlib.contextmanager
-def _process(command: list[str], directory: Path, log: Any) -> Iterator[subprocess.Popen[bytes]]:
+def _process(
+    command: list[str], environment: Mapping[str, str], directory: Path, log: Any
+) -> Iterator[subprocess.Popen[bytes]]:
     """Start a process in its own group, and end the whole group when the block ends."""
-    package_root = str(Path(edgekit.__file__).parents[1])
-    path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         command,
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": path},
+        env=dict(environment),
         stdin=subprocess.PIPE,  # its end tells the job that this process is gone, however it went
         stdout=log,
         stderr=log,

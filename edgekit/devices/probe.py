@@ -1,4 +1,7 @@
-"""The target `local`: this machine, measured in about a second with numpy and what the system tells."""
+"""A machine as a target, measured in about a second with numpy and what the system tells.
+
+It is the target `local`; named and kept in a file by `edgekit targets probe`, it stands for a board.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import ctypes
 import datetime
 import os
 import platform
+import re
+import statistics
 import subprocess
 import sys
 import time
@@ -19,13 +24,16 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 
-from edgekit.errors import ToolError
+from edgekit.devices import Fingerprint, describe_machine
+from edgekit.devices._results import printable
+from edgekit.devices.board import BoardState, read_state
+from edgekit.errors import InputError, ToolError
 from edgekit.target import LOCAL, Compute, Figure, Memory, Target
 
 COPY_SECONDS = 0.4
 MATMUL_SECONDS = 0.25
-COPY_BYTES = 128 << 20
-"""Each way; larger than the last-level cache of anything that is a target."""
+COPY_BYTES = 256 << 20
+"""Each way, the largest size. A quarter, the smallest, is larger than the last-level cache of what is a target."""
 MATMUL_SIZE = 64
 """Small enough for OpenBLAS to stay on one thread: its own threads wait for each other on a busy machine."""
 MATMUL_BATCH = 64
@@ -33,6 +41,9 @@ BUSY_SHARE = 0.25
 """Share of the machine that others may use during the measurement before the profile says so."""
 BIG_CORE_CAPACITY = 0.6
 """A core below this share of the fastest core's capacity is a little one (Linux `cpu_capacity`, Arm only)."""
+
+_HERE = "measured on this machine"
+_MAX_TEXT = 1000
 
 _ARCHITECTURES: dict[str, Literal["aarch64", "x86_64"]] = {
     "aarch64": "aarch64",
@@ -96,6 +107,67 @@ def probe_local() -> Target:
     )
 
 
+@dataclass(frozen=True)
+class Probed:
+    """A machine as it described itself."""
+
+    target: Target
+    machine: Fingerprint
+    state: BoardState
+    power_sensors: str
+    """What tells its power, or empty."""
+
+
+def probe_machine() -> Probed:
+    """Probe the machine that this process runs on. Raises ToolError as `probe_local` does."""
+    from edgekit.measure.energy import find_meter
+
+    target = probe_local()
+    meter = find_meter(target.compute.accelerator != "none")
+    return Probed(target, describe_machine(), read_state(), meter.text)
+
+
+def name_target(probed: Probed, name: str) -> Target:
+    """The profile under a name of its own: its figures say on which machine they were measured.
+
+    What the machine told is made printable. Raises InputError for a name that no target can have.
+    """
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        wanted = "a name of small letters, digits and single dashes"
+        raise InputError(wanted, repr(name), f"--out {slug(name)}.yaml")
+    facts, state, target = probed.machine.facts, probed.state, probed.target
+    title = str(facts.get("board") or target.title.removesuffix(" (this machine)"))
+    notes = [
+        *target.notes,
+        f"Probed while it ran: {facts.get('os')}, {facts.get('kernel')}, {facts.get('cpu')}, {facts.get('cores')} "
+        f"cores, {facts.get('threads')} threads.",
+        "Context, recipe and everything marked as an estimate are defaults, not measured.",
+    ]
+    if state.power_mode:
+        notes.append(f"It was in power mode {state.power_mode}.")
+    notes.append(f"Temperature sensors: {', '.join(state.temperatures_c) or 'none'}.")
+    notes.append(f"Power sensors: {probed.power_sensors or 'none: measure energy at the wall'}.")
+    power = target.power.model_copy(update={"modes": state.power_modes})
+    named = target.model_copy(update={"name": name, "title": title, "power": power, "notes": tuple(notes)})
+    return Target.model_validate(_told(named.model_dump(mode="json"), f"measured on {probed.machine.text}"))
+
+
+def slug(text: str) -> str:
+    """The text as the name of a target."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60].rstrip("-") or "board"
+
+
+def _told(value: Any, measured: str) -> Any:
+    """Every text made printable, and what says `measured on this machine` names the machine."""
+    if isinstance(value, dict):
+        return {key: _told(item, measured) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_told(item, measured) for item in value]
+    if isinstance(value, str):
+        return printable(value.replace(_HERE, measured))[:_MAX_TEXT]
+    return value
+
+
 def physical_cores() -> int:
     """Physical big cores that this process may use: CPU affinity and the container's quota are respected."""
     try:
@@ -111,17 +183,22 @@ def physical_cores() -> int:
 
 
 def measure_copy_bytes_per_s(threads: int) -> float:
-    """Bytes read plus bytes written per second by `threads` copying memory at once; the best of several passes."""
+    """Bytes read plus bytes written per second by `threads` copying memory at once.
+
+    Three sizes are copied, each the double of the one before, and of each the best of several passes counts, for
+    others only slow it down; the median of the three leaves out a size that still profits from a cache.
+    """
     room = min(COPY_BYTES, psutil.virtual_memory().available // 8)
-    source = np.ones(max(room // 8, 1), dtype=np.float64)
+    source = np.ones(max(room // 8, 4), dtype=np.float64)
     target = np.zeros_like(source)
-    into, parts = np.array_split(target, threads), np.array_split(source, threads)
     with ThreadPoolExecutor(threads) as pool:  # numpy copies without the interpreter lock
 
-        def copy() -> None:
-            list(pool.map(np.copyto, into, parts))
+        def rate(count: int) -> float:
+            into, parts = np.array_split(target[:count], threads), np.array_split(source[:count], threads)
+            seconds = _best_seconds(lambda: list(pool.map(np.copyto, into, parts)), COPY_SECONDS / 3)
+            return 2 * parts[0].itemsize * count / seconds
 
-        return 2 * source.nbytes / _best_seconds(copy, COPY_SECONDS)
+        return statistics.median(rate(len(source) // part) for part in (4, 2, 1))
 
 
 def measure_matmul_flops_per_s(threads: int) -> float:
@@ -173,7 +250,10 @@ def _host_memory(threads: int, *, unified: bool) -> Memory:
     return Memory(
         total_bytes=_measured(total, "reported by the system or the container's limit"),
         usable_bytes=_measured(max(min(available, total), 1), "available now"),
-        bandwidth_bytes_per_s=_measured(measure_copy_bytes_per_s(threads), "numpy copy, read plus write"),
+        bandwidth_bytes_per_s=_measured(
+            measure_copy_bytes_per_s(threads),
+            f"copy bandwidth, not the peak of the memory: bytes read plus written, numpy, {threads} threads",
+        ),
         unified=unified,
     )
 
@@ -230,11 +310,9 @@ _FP16_FLOPS_PER_SM_CLOCK = {(8, 0): 2048, (8, 7): 2048, (9, 0): 4096}
 
 
 def _nvidia_gpu() -> _Gpu | None:
-    """First GPU that nvidia-smi lists, or None; memory clock and bus width come from the driver library."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    """First GPU that nvidia-smi lists, or a Jetson's; memory clock and bus width come from the driver library."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        name, total, free = (field.strip() for field in done.stdout.splitlines()[0].split(","))
+        name, total, free = _nvidia_smi() or _tegra()
         attributes = _cuda_attributes()
         bandwidth = 2 * attributes[_MEMORY_CLOCK_KHZ] * 1e3 * attributes[_BUS_BITS] / 8
         rate = _FP16_FLOPS_PER_SM_CLOCK.get((attributes[_MAJOR], attributes[_MINOR]), 1024)
@@ -244,6 +322,23 @@ def _nvidia_gpu() -> _Gpu | None:
         return _Gpu(name, own, bandwidth, _guess(flops, how))
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None  # no NVIDIA GPU, or none that answers
+
+
+def _nvidia_smi() -> list[str] | None:
+    """Name, total and free memory in MiB; None where the command is missing, as on a Jetson before JetPack 6."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return [field.strip() for field in done.stdout.splitlines()[0].split(",")]
+
+
+def _tegra() -> list[str]:
+    """The same of the GPU that shares a Jetson's memory. Raises OSError where there is none."""
+    if not any("gpu" in node for node in read_state().accelerators):
+        raise OSError("no GPU of a Jetson")
+    return [str(describe_machine().facts.get("board", "Jetson")), "shared", "shared"]
 
 
 def _cuda_attributes() -> dict[int, int]:
@@ -289,7 +384,9 @@ def _processor() -> str:
 
 
 def _measured(value: Any, how: str) -> Figure[Any]:
-    return Figure(value=value, source=f"measured on this machine ({how})", date=datetime.date.today().isoformat())
+    if isinstance(value, float):
+        value = float(f"{value:.4g}")  # no measurement here is better than that
+    return Figure(value=value, source=f"{_HERE} ({how})", date=datetime.date.today().isoformat())
 
 
 def _guess(value: float, how: str) -> Figure[float]:

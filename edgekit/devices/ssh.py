@@ -63,8 +63,11 @@ from edgekit.devices._results import (
     remaining,
 )
 from edgekit.devices._wheel import build_wheel
+from edgekit.devices.agent import DESCRIBE, PROBE
 from edgekit.devices.board import BoardState
+from edgekit.devices.probe import Probed
 from edgekit.errors import DoesNotFit, EdgekitError, InputError, ToolError
+from edgekit.target import Target
 
 EXTRAS = {"llama_cpp": "gguf", "onnxruntime": "onnx"}
 """The extra of edgekit that brings an engine."""
@@ -96,6 +99,8 @@ class Description(Strict):
     build: Annotated[dict[Text, Text], Field(max_length=64)] | None = None
     problem: dict[Literal["error", "wanted", "found", "next_command"], Text] | None = None
     board: BoardState
+    target: Target | None = None
+    power_sensors: Text = ""
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,15 @@ class Ssh:
             described = None if link.hello.holder else self._describe(link, engine)
             return Check(str(self.address), link.hello, self._python(link.hello), described)
 
+    def probe(self) -> Probed:
+        """Measure the board as a target, with the lock: a job beside it would disturb."""
+        with self._only_session() as link:
+            self._lock(link)
+            told = self._ask_agent(link, [PROBE])
+        if told.problem is not None or told.target is None:
+            raise self._problem(told, "")
+        return Probed(told.target, Fingerprint(told.device, dict(told.facts)), told.board, told.power_sensors)
+
     def run(self, job: Job, *, timeout_s: float | None = None, progress: Progress | None = None) -> JobResult:
         """Run the job there in a fresh process group that ends with the connection.
 
@@ -178,7 +192,7 @@ class Ssh:
 
         Raises:
             EdgekitError: what the job itself raised, as on `local`.
-            DoesNotFit: the board has less memory free than the weights need.
+            DoesNotFit: the board has less memory free than the weights, or the whole job as predicted, need.
             ToolError: the board is out of reach, in use, full or lacks edgekit; or the job's process was killed
                 for lack of memory, crashed, ended early or took longer than its limit.
         """
@@ -278,8 +292,21 @@ class Ssh:
     def _describe(self, link: Link, engine: str | None) -> Description:
         if engine in self._described:
             return self._described[engine]
+        described = self._ask_agent(link, [DESCRIBE, *([engine] if engine else [])])
+        if described.problem is not None:
+            raise self._problem(described, f" --engine {engine}")
+        self._described[engine] = described
+        return described
+
+    def _problem(self, told: Description, more: str) -> ToolError:
+        problem = told.problem or {}
+        wanted = f"{problem.get('wanted', 'the engine')} on {self.address}"
+        return ToolError(wanted, problem.get("found", "none"), f"edgekit device setup {shlex.quote(self.url)}{more}")
+
+    def _ask_agent(self, link: Link, arguments: list[str]) -> Description:
+        """What edgekit there says of itself; of another version than here, nothing is taken."""
         python = self._python(link.hello)
-        command = [python, "-m", "edgekit.devices.agent", "--describe", *([engine] if engine else [])]
+        command = [python, "-m", "edgekit.devices.agent", *arguments]
         lines: list[str] = []
         link.send("run", command=command, timeout_s=_DESCRIBE_S)
         end = self._follow(link, lines.append, _DESCRIBE_S + self.settings.lost_s)
@@ -293,15 +320,9 @@ class Ssh:
             wanted = f"edgekit {edgekit.__version__} on {self.address}, as here"
             raise ToolError(wanted, f"edgekit {version}", setup)
         try:
-            described = Description.model_validate_json(told)
+            return Description.model_validate_json(told)
         except ValidationError as error:
             raise link.broken(printable(str(error.errors()[0]["msg"]))) from None
-        if described.problem is not None:
-            problem = described.problem
-            wanted = f"{problem.get('wanted', 'the engine')} on {self.address}"
-            raise ToolError(wanted, problem.get("found", "none"), f"{setup} --engine {engine}")
-        self._described[engine] = described
-        return described
 
     def _command(self, link: Link, command: Sequence[str], timeout_s: float, progress: Progress) -> None:
         link.send("run", command=list(command), timeout_s=timeout_s)
@@ -405,7 +426,7 @@ class Ssh:
         if end is None and (left := remaining(packed.job, kept)) is not None:
             self._upload(link, packed.trees, progress)
             room = link.ask("have", self.settings.transfer_s, files={})
-            self._check_memory(_expect(link, room, Missing), packed.model)
+            self._check_memory(_expect(link, room, Missing), packed)
             new, end = self._execute(link, packed.id, left, limit_s, progress)
             lines = [*kept, *new]
             earlier += 1
@@ -466,14 +487,16 @@ class Ssh:
             return [], 0, None
         return kept, used, None
 
-    def _check_memory(self, room: Room, model: _Tree) -> None:
-        free = room.memory_available_bytes
-        if free is not None and model.bytes > free:
-            raise DoesNotFit(
-                f"{_mib(model.bytes)} of free memory on {self.address}, for the weights alone",
-                _mib(free),
-                "end other programs there, or build a smaller type",
-            )
+    def _check_memory(self, room: Room, packed: _Packed) -> None:
+        free, needed, predicted = room.memory_available_bytes, packed.model.bytes, packed.job.needs_bytes
+        if free is None or max(needed, predicted) <= free:
+            return
+        why = "predicted for weights, cache and buffers" if predicted > needed else "for the weights alone"
+        raise DoesNotFit(
+            f"{_mib(max(needed, predicted))} of free memory on {self.address}, {why}",
+            _mib(free),
+            "end other programs there, or build a smaller type",
+        )
 
     def _execute(self, link: Link, job_id: str, job: Job, limit_s: float, progress: Progress) -> tuple[list[Line], End]:
         command = [self._python(link.hello), "-m", "edgekit.devices.agent"]

@@ -1,7 +1,8 @@
 """What weights may become: block formats as grids, and error-feedback rounding onto them (`edgekit.grids.solver`).
 
-A grid is a small pure object: the blocks of one format, how their scales are fitted, and their bytes. It holds no
-data. Tensors go in and come out on the device they are on.
+A grid is a small pure object: the blocks of one format, how their scales are fitted, and what codes stand for. It holds
+no data. GGUF keeps the codes and scales of a block together, and its grids make their bytes; checkpoints and ONNX keep
+them in tensors of their own (`edgekit.grids.containers`). Tensors go in and come out on the device they are on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from edgekit.errors import InputError, suggest
 if TYPE_CHECKING:
     from torch import Tensor
 
+BITS = (2, 3, 4, 8)
+"""Of the integers that GPTQ checkpoints hold."""
 NAMES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 """Every grid that `find_grid` knows: types of GGUF."""
 
@@ -39,11 +42,6 @@ class Grid(Protocol):
         """Columns that share one step: `block`, or a part of it where a block holds sub-scales."""
         ...
 
-    @property
-    def bytes_per_block(self) -> int:
-        """Bytes of a block of one row."""
-        ...
-
     def fit(self, weights: Tensor, importance: Tensor) -> Tensor:
         """Return the scales (rows, k) as they will be stored, fitted to `weights` float32 (rows, block).
 
@@ -67,13 +65,34 @@ class Grid(Protocol):
         """Return what codes (rows, n) stand for, float32, to the bit as the format's reference computes it."""
         ...
 
+
+class BlockGrid(Grid, Protocol):
+    """A grid of a file format that keeps a block's codes and scales together."""
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of a block of one row."""
+        ...
+
     def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
         """Return the bytes, uint8 (rows, bytes_per_block), of codes (rows, block) and their scales."""
         ...
 
 
-def find_grid(name: str) -> Grid:
-    """Return the grid of a format, `name` in any case. Raises InputError where there is none."""
+def integer_grid(bits: int, group: int, *, symmetric: bool = True) -> Grid:
+    """Return the grid of integers with a float16 scale for each group of a row, and a zero point unless `symmetric`.
+
+    A code c stands for scale * (c - zero), the zero of symmetric grids being 2^(bits - 1). Raises InputError.
+    """
+    if bits not in BITS or group < 1:
+        raise InputError(f"integers of {', '.join(map(str, BITS))} bits in groups", f"{bits} bits, {group}", "--set")
+    from edgekit.grids import integers
+
+    return integers.integer_grid(bits, group, symmetric)
+
+
+def find_grid(name: str) -> BlockGrid:
+    """Return the grid of a GGUF type, `name` in any case. Raises InputError where there is none."""
     wanted = {known.lower(): known for known in NAMES}.get(name.lower())
     if wanted is None:
         raise InputError(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from edgekit.errors import InputError
-from edgekit.grids import Grid
+from edgekit.grids import BlockGrid, Grid
 
 _CHUNK = 1 << 24
 """Weights that are worked on at once: rows do not depend on each other."""
@@ -30,12 +30,19 @@ _LEAST = 1e-6
 class Rounded:
     """A matrix on a grid."""
 
-    packed: Tensor
-    """Bytes as the file holds them: uint8 (out, blocks * bytes_per_block)."""
+    codes: Tensor
+    """uint8 (out, in)."""
+    scales: Tensor
+    """float32 (blocks, out, k), as `Grid.fit` gives them for each block."""
     matrix: Tensor
     """What they stand for: float32 (out, in)."""
     loss: float
     """tr(E H E^T), E the error of the weights: the mean squared error of the outputs, summed over outputs."""
+
+    def pack(self, grid: BlockGrid) -> Tensor:
+        """Bytes as the file holds them: uint8 (out, blocks * bytes_per_block)."""
+        blocks = self.codes.split(grid.block, 1)
+        return torch.cat([grid.pack(codes, scales) for codes, scales in zip(blocks, self.scales, strict=True)], 1)
 
 
 def round_matrix(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.03, sweeps: int = 2) -> Rounded:
@@ -57,17 +64,17 @@ def round_matrix(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float 
     metric = _damp(hessian, damping)[order][:, order]
     factor = _inverse_factor(metric).to(weight.dtype)
     metric, back = metric.to(weight.dtype), order.argsort()
-    packed, matrix = [], []
+    codes, scales, matrix = [], [], []
     for rows in weight.split(max(1, _CHUNK // len(order))):
         work = _Work(rows[:, order], metric, factor, grid, order.tolist())
         work.first_pass()
         for _ in range(sweeps):
             work.sweep()
-        blocks = work.codes[:, back].split(grid.block, 1)
-        packed.append(torch.cat([grid.pack(codes, s) for codes, s in zip(blocks, work.scales, strict=True)], 1))
+        codes.append(work.codes[:, back])
+        scales.append(torch.stack(work.scales))
         matrix.append(work.matrix[:, back])
     rounded = torch.cat(matrix)
-    return Rounded(torch.cat(packed), rounded, proxy_loss(weight - rounded, hessian))
+    return Rounded(torch.cat(codes), torch.cat(scales, 1), rounded, proxy_loss(weight - rounded, hessian))
 
 
 def proxy_loss(error: Tensor, hessian: Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from edgekit.config import Strict
+from edgekit.devices.board import BoardRecord
 from edgekit.measure.strategies import StrategyRow
 from edgekit.measurement import Measurement
 
@@ -74,6 +75,23 @@ class MemoryPart(Strict):
     bytes: int
 
 
+class DeviceRecord(Strict):
+    """The machine that latency and memory were measured on, while they were."""
+
+    fingerprint: str
+    """As in the measurements."""
+    facts: dict[str, str | int]
+    """cpu, cores, threads, memory_bytes, machine, os, kernel; board and accelerator where there are such."""
+    engine: dict[str, str]
+    """Its build, and what the opened model told of it."""
+    board: BoardRecord | None = None
+    """Power mode, clocks, temperatures and throttling at the start and the end."""
+    samples: dict[str, tuple[float, ...]]
+    """Every repeat behind the figures, by their names."""
+    decode_drift: float | None = None
+    """Change of the decode speed from the first repeat to the last, relative to the first."""
+
+
 class Report(Strict):
     """Everything a build found out; published as `docs/schemas/report.schema.json`."""
 
@@ -87,7 +105,9 @@ class Report(Strict):
     model: dict[str, Any]
     """source, digest, architecture, parameters, licence, provenance."""
     host: dict[str, Any]
-    """fingerprint, cpu, cores, os, tool versions."""
+    """The machine that built and measured accuracy: fingerprint, cpu, cores, os, tool versions."""
+    device: DeviceRecord | None = None
+    """The machine that measured the rest; the host itself where the build named no other."""
     steps: tuple[StepRecord, ...] = ()
     measurements: tuple[Measurement, ...] = ()
     gates: tuple[GateResult, ...] = ()

@@ -47,6 +47,7 @@ def render(report: Report) -> str:
         target=summary.target_title(report),
         recipe=summary.recipe_name(report),
         sentence=summary.sentence(report),
+        device_line=summary.device_line(report),
         key_figures=summary.key_figures(report),
         memory=memory,
         memory_svg=_memory_svg(memory) if memory else "",

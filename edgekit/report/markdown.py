@@ -9,6 +9,7 @@ from edgekit.report import Report
 from edgekit.report.figures import bytes_text, clean, exact, number, peak_text, percent, seconds_text
 from edgekit.report.summary import (
     Reading,
+    device_line,
     divergence_mean,
     key_figures,
     memory_on_target,
@@ -34,6 +35,8 @@ def render(report: Report) -> str:
         f"**{result.word}: {result.detail}.** Recipe {code(recipe_name(report))}.",
         text(sentence(report)),
     ]
+    if line := device_line(report):
+        blocks.append(text(line))
     if report.notes:
         blocks += ["## Notes", "\n".join(f"- {text(note)}" for note in report.notes)]
     figures = key_figures(report)

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from edgekit.measurement import Measurement, mean_interval
-from edgekit.report import Report, StrategyResult
+from edgekit.report import DeviceRecord, Report, StrategyResult
 from edgekit.report.figures import KNOWN, Dot, Segment, Shown, bytes_text, clean, known, number, shorten, shown
 
 _TRADEMARK = re.compile(r"\((?:R|TM)\)")
@@ -79,12 +79,17 @@ def read(report: Report, measurement: Measurement) -> Reading:
 
 
 def device_text(report: Report, device: str | None) -> str:
-    """Name a device in words: the build host by its CPU, the target by its title, others as recorded."""
+    """Name a device in words: the build host by its CPU, the board that measured by its name, the target by its title.
+
+    Others are named as recorded.
+    """
     if not device:
         return ""
     if device == report.host.get("fingerprint"):
         cpu = report.host.get("cpu")
         return f"{shorten(_TRADEMARK.sub('', str(cpu)), 40)} (build host)" if cpu else "the build host"
+    if report.device and device == report.device.fingerprint:
+        return shorten(_title_of(report.device), 60)
     if device == report.target.get("name"):
         return target_title(report)
     return shorten(device, 60)
@@ -93,7 +98,30 @@ def device_text(report: Report, device: str | None) -> str:
 def _place(report: Report, device: str | None) -> str:
     if device == report.host.get("fingerprint"):
         return "the build host" if device else ""
+    if report.device and device == report.device.fingerprint:
+        return shorten(_title_of(report.device), 32)
     return shorten(device or "", 32)
+
+
+def _title_of(device: DeviceRecord) -> str:
+    return _TRADEMARK.sub("", str(device.facts.get("board") or device.facts.get("cpu") or device.fingerprint))
+
+
+def device_line(report: Report) -> str:
+    """The device that measured in one line: what it is, and its state meanwhile; empty where the report has none."""
+    device = report.device
+    if device is None:
+        return ""
+    parts = [f"device: {device_text(report, device.fingerprint)}"]
+    if (board := device.board) is not None:
+        parts.append(f"power mode: {shorten(board.start.power_mode or 'not told', 40)}")
+        parts.append(f"throttled: {'not told' if board.throttled is None else 'yes' if board.throttled else 'no'}")
+        hottest = [max(s.temperatures_c.values()) for s in (board.start, board.end) if s and s.temperatures_c]
+        if hottest:
+            parts.append(f"temperature: {' to '.join(f'{degrees:.0f}' for degrees in hottest)} °C")
+    if device.decode_drift is not None:
+        parts.append(f"decode speed from the first repeat to the last: {device.decode_drift:+.1%}")
+    return "; ".join(parts)
 
 
 def target_title(report: Report) -> str:
@@ -309,9 +337,14 @@ def provenance(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
         ("Target", report.target),
         ("Recipe", report.recipe),
         ("Build host", report.host),
+        ("Device", _device_facts(report.device) if report.device else {}),
         ("Report", {"edgekit_version": report.edgekit_version, "created_at": report.created_at}),
     ]
     return [(title, list(_flatten(facts))) for title, facts in groups if facts]
+
+
+def _device_facts(device: DeviceRecord) -> dict[str, Any]:
+    return {**device.facts, "fingerprint": device.fingerprint, "engine": device.engine, "repeats": device.samples}
 
 
 def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -76,10 +76,11 @@ def round_file(
 
         def finish(place: Place, hessian: Tensor) -> None:
             info = quantized[place.tensor]
-            rounded = round_matrix(place.module.weight.data, hessian, find_grid(info.type))
+            grid = find_grid(info.type)
+            rounded = round_matrix(place.module.weight.data, hessian, grid)
             place.module.weight.data = rounded.matrix
             file.seek(info.offset)
-            file.write(rounded.packed[place.rows].numpy().tobytes())
+            file.write(rounded.pack(grid)[place.rows].numpy().tobytes())
             done.append(place.tensor)
             progress(len(done), len(places))
 

@@ -74,6 +74,13 @@ class Params(CalibratedParams):
         return super().text_fields if self.feedback else {}
 
     @property
+    def unused(self) -> frozenset[str]:
+        """The checkpoint is read for feedback, losses for a budget."""
+        has_budget = self.budget_bytes is not None or self.bits_per_weight is not None
+        used = {"checkpoint": self.feedback, "sensitivity": has_budget}
+        return frozenset(kind for kind, wanted in used.items() if not wanted)
+
+    @property
     def tools(self) -> tuple[str, ...]:
         """What feedback computes with."""
         return ("torch", "transformers", "gguf") if self.feedback else ()

@@ -1,0 +1,68 @@
+"""Codes and scales as the tensors of a GPTQ checkpoint and of ONNX's MatMulNBits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def gptq_tensors(codes: Tensor, scales: Tensor, bits: int) -> dict[str, Tensor]:
+    """The tensors of a linear layer in GPTQ's first format (AutoGPTQ), which transformers and vLLM load.
+
+    Args:
+        codes: uint8 (out, in).
+        scales: float32 (groups, out, k): the scale, and the zero where k is 2.
+        bits: of a code: 2, 3, 4 or 8.
+
+    Returns `qweight` int32 (in * bits / 32, out), `qzeros` int32 (groups, out * bits / 32), `scales` float16 (groups,
+    out) and `g_idx` int32 (in): bits fill words from the lowest, along the inputs and the outputs. The format stores
+    zeros less 1.
+    """
+    groups = len(scales)
+    inputs = codes.shape[1]
+    return {
+        "qweight": _words(codes.T, bits, 0),
+        "qzeros": _words(_zeros(scales, bits) - 1 & (1 << bits) - 1, bits, 1),
+        "scales": scales[:, :, 0].half().contiguous(),
+        "g_idx": torch.arange(inputs, dtype=torch.int32, device=codes.device) // (inputs // groups),
+    }
+
+
+def onnx_tensors(codes: Tensor, scales: Tensor, bits: int) -> dict[str, Tensor]:
+    """The inputs of com.microsoft.MatMulNBits (onnxruntime, docs/ContribOperators.md) for 2, 4 or 8 bits.
+
+    Arguments are those of `gptq_tensors`. Returns `B` uint8 (out, blocks, block * bits / 8), `scales` float32 (out *
+    blocks) and, where there are zeros, `zero_points` uint8 (out * ceil(blocks * bits / 8)). The first code of a byte
+    is in its lowest bits.
+    """
+    blocks, outputs, kinds = scales.shape
+    packed = {
+        "B": _bytes(codes.view(outputs, blocks, -1), bits),
+        "scales": scales[:, :, 0].T.contiguous().flatten(),
+    }
+    if kinds > 1:
+        packed["zero_points"] = _bytes(_zeros(scales, bits).T.to(torch.uint8), bits).flatten()
+    return packed
+
+
+def _zeros(scales: Tensor, bits: int) -> Tensor:
+    if scales.shape[2] > 1:
+        return scales[:, :, 1].to(torch.int64)
+    return torch.full(scales.shape[:2], 1 << (bits - 1), dtype=torch.int64, device=scales.device)
+
+
+def _words(values: Tensor, bits: int, dim: int) -> Tensor:
+    """Fill 32-bit words along a dimension; with 3 bits a value may lie in two words."""
+    values = values.to(torch.int64).movedim(dim, -1)
+    places = torch.arange(bits, device=values.device)
+    bit = (values[..., None] >> places & 1).flatten(-2).unflatten(-1, (-1, 32))
+    words = (bit << torch.arange(32, device=values.device)).sum(-1)
+    signed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+    return signed.movedim(-1, dim).contiguous()
+
+
+def _bytes(values: Tensor, bits: int) -> Tensor:
+    per = 8 // bits
+    short = -values.shape[-1] % per
+    values = torch.nn.functional.pad(values, (0, short)).unflatten(-1, (-1, per)).to(torch.int64)
+    return (values << bits * torch.arange(per, device=values.device)).sum(-1).to(torch.uint8)
