@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import edgekit
 from edgekit.artifact import Artifact, canonical_sha256
@@ -30,7 +31,7 @@ from edgekit.measurement import Measurement
 from edgekit.plan import Plan, choose_strategy
 from edgekit.predict.against import prediction_errors
 from edgekit.predict.latency import predict_answer
-from edgekit.report import DeviceRecord, Fallback, MemoryPart, Report, StrategyResult, TensorGroup
+from edgekit.report import ByteBudget, DeviceRecord, Fallback, MemoryPart, Report, StrategyResult, TensorGroup
 from edgekit.stages.evaluate import read_evaluation
 from edgekit.store import Store
 from edgekit.tools import tool_version
@@ -139,6 +140,7 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
         gates=check_gates(plan.gates, measurements),
         tensors=_groups(weights),
         fallbacks=tuple(Fallback(**fallback) for fallback in built.result.facts.get("fallbacks", ())),
+        budget=_budget(built.result.facts),
         memory=(
             MemoryPart(name="weights", bytes=plan.memory.weight_bytes),
             *([MemoryPart(name="verifier", bytes=plan.memory.companion_bytes)] if plan.companion else []),
@@ -157,6 +159,12 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
         ),
         notes=tuple(_notes(plan, built, host, timed)),
     )
+
+
+def _budget(facts: Mapping[str, Any]) -> ByteBudget | None:
+    if "curve" not in facts:
+        return None
+    return ByteBudget.model_validate({name: facts[name] for name in ByteBudget.model_fields})
 
 
 def _drift(speeds: Sequence[float]) -> float | None:

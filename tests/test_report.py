@@ -16,6 +16,7 @@ from edgekit.devices.board import BoardRecord
 from edgekit.errors import InputError
 from edgekit.measurement import Measurement
 from edgekit.report import (
+    ByteBudget,
     DeviceRecord,
     Fallback,
     GateResult,
@@ -156,6 +157,11 @@ def realistic() -> Report:
             Fallback(tensor=f"blk.{i}.attn_k.weight", wanted="Q4_K", found="Q5_0 (192 columns are no multiple of 256)")
             for i in range(30)
         ),
+        budget=ByteBudget(
+            budget_bytes=105_500_000,
+            predicted_divergence_nats=0.0912,
+            curve=((80_000_000, 0.61), (90_000_000, 0.2), (110_000_000, 0.07), (140_000_000, 0.004)),
+        ),
         memory=(
             MemoryPart(name="weights", bytes=105_454_432),
             MemoryPart(name="KV cache", bytes=94_371_840),
@@ -201,6 +207,7 @@ def hostile() -> Report:
         gates=(GateResult(name=NASTY, bound=NASTY + long, value=-1.5, passed=False, kind="predicted", of=NASTY),),
         tensors=(TensorGroup(type=NASTY, tensors=0, bytes=0),),
         fallbacks=(Fallback(tensor=NASTY, wanted=rtl, found=wide),),
+        budget=ByteBudget(budget_bytes=0, predicted_divergence_nats=0.0, curve=((0, 0.0),)),
         memory=(MemoryPart(name=NASTY, bytes=100), MemoryPart(name=wide, bytes=0)),
         divergence_per_window=(0.0,),
         notes=(NASTY, long, wide, rtl),
@@ -254,6 +261,25 @@ class Page(HTMLParser):
 
 
 # --- HTML
+
+
+def test_the_curve_of_a_budget_is_logarithmic_and_marks_the_choice():
+    svg = figures.falling_curve([(0, 1.0), (100, 0.1), (200, 0.01)], (100, 0.1), "t")
+    lines = re.findall(r'<line class="mean" x1="([\d.]+)%" y1="([\d.]+)" x2="([\d.]+)%" y2="([\d.]+)"', svg)
+    (x1, y1, x2, y2), (x3, y3, x4, y4) = [tuple(map(float, line)) for line in lines]
+    # equal factors are equal heights, equal bytes equal widths
+    assert (x2, y2) == (x3, y3)
+    assert x2 - x1 == pytest.approx(x4 - x3)
+    assert y2 - y1 == pytest.approx(y4 - y3)
+    assert f'<circle class="chosen" cx="{x2:.3f}%" cy="{y2:.1f}"' in svg
+
+
+def test_a_report_with_a_budget_says_what_was_predicted_within_it():
+    report = realistic()
+    page = html.render(report)
+    assert "Types within 101 MiB" in Page(page).words
+    assert "0.0912 nats were predicted within 101 MiB" in markdown.render(report)
+    assert "Types within" not in html.render(minimal())
 
 
 @ALL

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, StringConstraints
 
 from edgekit.config import Strict
+from edgekit.measure.energy import Run, run_command
 
 WARMER_C = 10.0
 """Rise of the hottest sensor within a job from which it is told."""
@@ -18,11 +18,9 @@ SETTLES_HZ = 0.02
 """Share by which a clock's limit may change without a word."""
 _THROTTLED = ("under-voltage", "capped clock", "throttled", "soft temperature limit")
 """Bits 0 to 3 of the Raspberry Pi's `get_throttled`, for now; 16 bits above, since boot."""
-_COMMAND_S = 5.0
 _MOST = 64  # sensors and clocks that are read; no board has as many
 
 Word = Annotated[str, StringConstraints(max_length=200)]
-Run = Callable[[Sequence[str]], str | None]
 
 
 class Clock(Strict):
@@ -62,15 +60,6 @@ class BoardRecord(Strict):
     """Whether anything was slowed down meanwhile; None where the board does not tell."""
     flags: tuple[str, ...] = ()
     """Sentences about what makes its figures less comparable; none is good news."""
-
-
-def run_command(command: Sequence[str]) -> str | None:
-    """What a command prints; None when there is no such command, or it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_S, check=True)
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return None
-    return done.stdout
 
 
 def read_state(root: Path = Path("/"), run: Run = run_command) -> BoardState:

@@ -27,9 +27,10 @@ from edgekit.devices import Device, Fingerprint, Job, JobResult, describe_machin
 from edgekit.devices._link import read_settings
 from edgekit.devices._sysroot import fill_root
 from edgekit.devices.agent import DESCRIBE
-from edgekit.devices.board import BoardRecord, BoardState, run_command
+from edgekit.devices.board import BoardRecord, BoardState
 from edgekit.devices.local import Local
 from edgekit.errors import InputError, ToolError
+from edgekit.measure.energy import run_command
 
 if TYPE_CHECKING:
     from edgekit.devices.probe import Probed

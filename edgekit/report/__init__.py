@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from edgekit.config import Strict
 from edgekit.devices.board import BoardRecord
@@ -68,6 +70,17 @@ class StrategyResult(StrategyRow):
     """Whether the bundle answers this way."""
 
 
+class ByteBudget(Strict):
+    """What the types of the tensors were chosen by, where the recipe gave the file a budget; losses are predicted."""
+
+    budget_bytes: int
+    """Most bytes that the file was allowed."""
+    predicted_divergence_nats: float
+    """Of the choice, as the sum over tensors."""
+    curve: Annotated[tuple[tuple[int, float], ...], Field(min_length=1)]
+    """(bytes of the file, nats) of the best choices, from the smallest."""
+
+
 class MemoryPart(Strict):
     """One part of the memory needed on the target (predicted)."""
 
@@ -113,6 +126,7 @@ class Report(Strict):
     gates: tuple[GateResult, ...] = ()
     tensors: tuple[TensorGroup, ...] = ()
     fallbacks: tuple[Fallback, ...] = ()
+    budget: ByteBudget | None = None
     memory: tuple[MemoryPart, ...] = ()
     """Predicted memory on the target, part by part."""
     divergence_per_window: tuple[float, ...] = ()

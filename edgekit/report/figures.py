@@ -6,6 +6,7 @@ single cell is copied out of a report.
 
 from __future__ import annotations
 
+import itertools
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -346,6 +347,41 @@ def scatter(dots: Sequence[Dot], title: str) -> str:
         body.append(
             f'<circle class="{dot.style}" cx="{at}" cy="{y(dot.y):.1f}" r="5"><title>{escape(tip)}</title></circle>'
         )
+    return svg("columns", base + 26, title, body)
+
+
+def falling_curve(points: Sequence[tuple[float, float]], chosen: tuple[float, float], title: str) -> str:
+    """Positive quantities over bytes, on a logarithmic vertical axis, with the chosen point.
+
+    The labels of the vertical axis lie left of the drawing, as in `columns_with_band`.
+    """
+    top, base = 12, 210
+    shown_points = [point for point in points if point[1] > 0] or [chosen]
+    sizes = [size for size, _ in (*shown_points, chosen)]
+    values = [math.log10(value) for _, value in (*shown_points, chosen) if value > 0] or [0.0]
+    left, right, low, high = min(sizes), max(sizes), math.floor(min(values)), math.ceil(max(values))
+
+    def x(size: float) -> float:
+        return 2 + 94 * (size - left) / (right - left) if right > left else 50.0
+
+    def y(value: float) -> float:
+        share = (math.log10(value) - low) / (high - low) if high > low and value > 0 else 0.0
+        return base - share * (base - top)
+
+    body: list[str] = []
+    for power in range(low, high + 1):
+        at = y(10.0**power)
+        body.append(f'<line class="grid" x1="0" x2="100%" y1="{at:.1f}" y2="{at:.1f}"/>')
+        body.append(f'<text x="-8" y="{at + 4:.1f}" text-anchor="end">{10.0**power:g}</text>')
+    body.append(f'<line class="axis" x1="0" x2="100%" y1="{base}" y2="{base}"/>')
+    for size in (left, (left + right) / 2, right) if right > left else (left,):
+        body.append(f'<text x="{x(size):.3f}%" y="{base + 17}" text-anchor="middle">{escape(bytes_text(size))}</text>')
+    for here, there in itertools.pairwise(shown_points):
+        ends = f'x1="{x(here[0]):.3f}%" y1="{y(here[1]):.1f}" x2="{x(there[0]):.3f}%" y2="{y(there[1]):.1f}"'
+        body.append(f'<line class="mean" {ends}/>')
+    tip = escape(f"{bytes_text(chosen[0])}: {number(chosen[1])} nats")
+    place = f'cx="{x(chosen[0]):.3f}%" cy="{y(chosen[1]):.1f}"'
+    body.append(f'<circle class="chosen" {place} r="5"><title>{tip}</title></circle>')
     return svg("columns", base + 26, title, body)
 
 

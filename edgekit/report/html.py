@@ -8,7 +8,7 @@ from importlib.resources import files
 from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-from edgekit.report import Report, summary
+from edgekit.report import ByteBudget, Report, summary
 from edgekit.report import figures as fig
 
 LONG_LIST = 12
@@ -54,6 +54,7 @@ def render(report: Report) -> str:
         tensors=sorted(report.tensors, key=lambda group: -group.bytes),
         divergence=summary.divergence_mean(report) if report.divergence_per_window else None,
         divergence_svg=_divergence_svg(report) if report.divergence_per_window else "",
+        budget_svg=_budget_svg(report.budget) if report.budget else "",
         strategies_svg=_strategies_svg(report) if report.strategies else "",
         strategy_label=summary.strategy_label,
         rows=summary.rows(report),
@@ -71,6 +72,15 @@ def _memory_svg(memory: summary.Memory) -> Markup:
     if memory.free_bytes:
         segments.append(fig.Segment("free", memory.free_bytes, "free"))
     return Markup(fig.bar_stack(segments, memory.usable_bytes, title))  # noqa: S704 - figures escapes
+
+
+def _budget_svg(budget: ByteBudget) -> Markup:
+    chosen = (budget.budget_bytes, budget.predicted_divergence_nats)
+    title = (
+        f"Predicted KL divergence by bytes of the file: {fig.number(chosen[1])} nats within "
+        f"{fig.bytes_text(chosen[0])}, from {fig.number(budget.curve[0][1])} in the smallest types"
+    )
+    return Markup(fig.falling_curve(budget.curve, chosen, title))  # noqa: S704 - figures escapes
 
 
 def _strategies_svg(report: Report) -> Markup:

@@ -47,7 +47,7 @@ def render(report: Report) -> str:
             for index, reading in enumerate(figure.readings)
         ]
         blocks += ["## Key figures", table(("Figure", "Value", "Kind", "Basis", "Compare with"), cells, "lrlll")]
-    blocks += [*_memory(report), *_tensors(report), *_divergence(report), *_strategies(report)]
+    blocks += [*_memory(report), *_tensors(report), *_divergence(report), *_budget(report), *_strategies(report)]
     if report.gates:
         gates = (
             (
@@ -168,6 +168,19 @@ def _tensors(report: Report) -> list[str]:
         else:
             blocks += [f"{words}:", fallbacks]
     return blocks
+
+
+def _budget(report: Report) -> list[str]:
+    budget = report.budget
+    if budget is None:
+        return []
+    every = max(1, len(budget.curve) // 8)
+    cells = ((bytes_text(size), f"≈ {number(nats)}") for size, nats in budget.curve[::every])
+    chosen = (
+        f"{number(budget.predicted_divergence_nats)} nats were predicted within {bytes_text(budget.budget_bytes)}, "
+        "as the sum over tensors."
+    )
+    return ["## Types within a byte budget (predicted)", text(chosen), table(("File", "Nats"), cells, "rr")]
 
 
 def _strategies(report: Report) -> list[str]:
