@@ -23,7 +23,7 @@ from edgekit.formats import gguf
 from edgekit.grids import NAMES
 from edgekit.grids.budget import Option, choose, curve
 from edgekit.huggingface import calibration_windows, open_checkpoint
-from edgekit.stage import CalibratedParams, Facts, StageContext, Tensor, stage
+from edgekit.stage import CalibratedParams, Facts, StageContext, StageParams, Tensor, stage
 from edgekit.stages.imatrix import FILE_NAME as IMATRIX_FILE
 from edgekit.stages.imatrix import read_imatrix
 from edgekit.stages.sensitivity import FILE_NAME as SENSITIVITY_FILE
@@ -43,8 +43,8 @@ FILE_TYPES = {
 """llama.cpp's file types (`enum llama_ftype` in llama.h) that its quantizer writes."""
 
 
-class Params(CalibratedParams):
-    """Parameters of `gguf`; the text is read for feedback only."""
+class QuantizerParams(StageParams):
+    """What llama.cpp's quantizer is told."""
 
     type: str = Field("Q4_K_M", json_schema_extra={"enum": [*sorted(FILE_TYPES)]})
     """File type: llama.cpp's mix of tensor types."""
@@ -55,6 +55,34 @@ class Params(CalibratedParams):
     token_embedding_type: str | None = None
     pure: bool = False
     """Give every matrix the file type's base type, without llama.cpp's mix."""
+
+    @field_validator("type")
+    @classmethod
+    def _is_a_file_type(cls, value: str) -> str:
+        if value.upper() not in FILE_TYPES:
+            known = suggest(value.upper(), FILE_TYPES) or f" (one of {', '.join(FILE_TYPES)})"
+            raise ValueError(f"not a file type of llama.cpp{known}")
+        return value.upper()
+
+    @field_validator("output_type", "token_embedding_type")
+    @classmethod
+    def _is_a_type(cls, value: str | None) -> str | None:
+        return None if value is None else _type_name(value)
+
+    @field_validator("tensor_types")
+    @classmethod
+    def _are_types(cls, value: dict[str, str]) -> dict[str, str]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+        return {pattern: _type_name(name) for pattern, name in value.items()}
+
+
+class Params(QuantizerParams, CalibratedParams):
+    """Parameters of `gguf`; the text is read for feedback only."""
+
     feedback: bool = False
     """Round with error feedback (GPTQ, arXiv:2210.17323) on the types that have a grid; needs the checkpoint."""
     budget_bytes: PositiveInt | None = None
@@ -84,29 +112,6 @@ class Params(CalibratedParams):
     def tools(self) -> tuple[str, ...]:
         """What feedback computes with."""
         return ("torch", "transformers", "gguf") if self.feedback else ()
-
-    @field_validator("type")
-    @classmethod
-    def _is_a_file_type(cls, value: str) -> str:
-        if value.upper() not in FILE_TYPES:
-            known = suggest(value.upper(), FILE_TYPES) or f" (one of {', '.join(FILE_TYPES)})"
-            raise ValueError(f"not a file type of llama.cpp{known}")
-        return value.upper()
-
-    @field_validator("output_type", "token_embedding_type")
-    @classmethod
-    def _is_a_type(cls, value: str | None) -> str | None:
-        return None if value is None else _type_name(value)
-
-    @field_validator("tensor_types")
-    @classmethod
-    def _are_types(cls, value: dict[str, str]) -> dict[str, str]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
-        return {pattern: _type_name(name) for pattern, name in value.items()}
 
 
 def _type_name(text: str) -> str:
@@ -258,7 +263,7 @@ def _assumed_losses(tensors: Sequence[Tensor]) -> dict[str, dict[str, float]]:
 def quantize(
     source: Path,
     target: Path,
-    params: Params,
+    params: QuantizerParams,
     imatrix: Mapping[str, np.ndarray[Any, np.dtype[np.float32]]] | None,
     *,
     dry_run: bool = False,

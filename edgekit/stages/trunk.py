@@ -11,8 +11,7 @@ from edgekit.artifact import Artifact, Manifest, describe_files, relative_files
 from edgekit.companions.verifier import write_gguf_adapter
 from edgekit.model import resolve_model
 from edgekit.stage import Facts, StageContext, find_stage, stage
-from edgekit.stages.gguf import FILE_TYPES
-from edgekit.stages.gguf import Params as QuantizerParams
+from edgekit.stages.gguf import FILE_TYPES, QuantizerParams
 from edgekit.tools import CONVERTER
 from edgekit.verifier import ADAPTER_DIRECTORY, MODEL_DIRECTORY, TRUNK, read_manifest
 
