@@ -412,9 +412,7 @@ def _companion_bytes(
         weights, own = companion.nbytes, shape
     else:
         quantizer = next(step for step in steps if step.stage.gives == "trunk")
-        tensors, _ = find_stage("gguf").predict(
-            model.tensors, quantizer.params, frozenset(), shape=model, target=target
-        )
+        tensors, _ = quantizer.stage.predict(model.tensors, quantizer.params, frozenset(), shape=model, target=target)
         weights, own = sum(tensor.nbytes for tensor in tensors), model
     cache = kv_cache_bytes(own, context_tokens, kv_type)
     return weights + cache + compute_buffer_bytes(own, context_tokens)

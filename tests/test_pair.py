@@ -238,6 +238,7 @@ def test_a_verifier_with_a_trunk_of_its_own_goes_the_same_way(
     assert manifest.kind == kind
     assert not manifest.reads_text  # the tokenizers are the same
     planned = tiny.edgekit("plan", *model, "--verifier", tmp_path / "verifier", "--json")
+    assert planned.code == 0, planned.stderr
     memory = planned.json["targets"][0]["memory"]
     built = tiny.edgekit(
         "build", *model, *CUTS, "--set", "verifier.problems=3", "--verifier", tmp_path / "verifier", "--out",

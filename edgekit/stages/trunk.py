@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -10,7 +11,7 @@ from pydantic import Field
 from edgekit.artifact import Artifact, Manifest, describe_files, relative_files
 from edgekit.companions.verifier import write_gguf_adapter
 from edgekit.model import resolve_model
-from edgekit.stage import Facts, StageContext, find_stage, stage
+from edgekit.stage import Facts, StageContext, StageParams, Tensor, find_stage, stage
 from edgekit.stages.gguf import FILE_TYPES, QuantizerParams
 from edgekit.tools import CONVERTER
 from edgekit.verifier import ADAPTER_DIRECTORY, MODEL_DIRECTORY, TRUNK, read_manifest
@@ -41,9 +42,18 @@ def run(companion: Artifact, out: Path, params: Params, ctx: StageContext) -> Fa
             step = find_stage(name)
             place = Path(scratch) / name
             place.mkdir()
-            own = step.params.model_validate(params.model_dump()) if name == "gguf" else step.params()
+            own = _quantizer_params(params) if name == "gguf" else step.params()
             facts = step.run(model, place, own, ctx)
             files = describe_files(place, [*relative_files(place)])
             model = Artifact(place, Manifest(kind=step.gives, files=files, facts=facts))
         model.model_path.rename(out / TRUNK)
     return {"kind": kind, "type": params.type}
+
+
+def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> tuple[Sequence[Tensor], Sequence[str]]:
+    """The tensors of a model, as `gguf` quantizes them."""
+    return find_stage("gguf").predict(tensors, _quantizer_params(params), side)
+
+
+def _quantizer_params(params: Params) -> StageParams:
+    return find_stage("gguf").params.model_validate(params.model_dump())
