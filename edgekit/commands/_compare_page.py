@@ -10,18 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Template
 from markupsafe import Markup
 
 from edgekit.compare import METRICS, Cell, Comparison, Front, Kind, Outcome, Row, fails
 from edgekit.measurement import Measurement
 from edgekit.report import figures as fig
-from edgekit.report.html import style_sheet
+from edgekit.report.html import load_template, style_sheet
 from edgekit.report.markdown import table, text
 
 _SECONDS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
@@ -419,9 +418,7 @@ def front_svg(comparison: Comparison, front: Front) -> str:
 
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(clean=fig.clean)
-    return environment.from_string(files("edgekit.commands").joinpath("compare.html.j2").read_text("utf-8"))
+    return load_template("edgekit.commands", "compare.html.j2")
 
 
 def html(comparison: Comparison) -> str:

@@ -10,15 +10,14 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
-from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Template
 from markupsafe import Markup
 
 from edgekit.report import figures as fig
-from edgekit.report.html import style_sheet
+from edgekit.report.html import load_template, style_sheet
 from edgekit.report.markdown import code, table, text
 from edgekit.scenario import Kind
 from edgekit.tco import HEADLINE, PARTS, BuildCosts, Costs, Estimate, InputRow
@@ -291,9 +290,7 @@ def _sentence(costs: Costs, build: BuildCosts) -> str:
 
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(clean=fig.clean, stated=stated)
-    return environment.from_string(files("edgekit.commands").joinpath("tco.html.j2").read_text("utf-8"))
+    return load_template("edgekit.commands", "tco.html.j2", stated=stated)
 
 
 def html(costs: Costs) -> str:

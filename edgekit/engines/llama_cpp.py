@@ -540,7 +540,8 @@ class LlamaCpp(Vocabulary):
         batch = self._batch.fill(chunk, positions, all_outputs=wants_hidden)
         self._api.llama_set_embeddings(self._ctx, wants_hidden)
         with collect_log() as log:
-            status = self._decode_batch(chunk, batch)
+            # every row the next token of a sequence of its own
+            status = self._decode_batch(batch, tiled=len(before) == len(chunk) and all(e.wants_logits for e in chunk))
         if status == 0:
             self._lengths |= after
             return
@@ -551,11 +552,11 @@ class LlamaCpp(Vocabulary):
         found = f"{_reason(log)} (llama_decode returned {status})"
         raise ToolError(f"a step of {len(chunk)} tokens", found, "use a shorter context or smaller batches")
 
-    def _decode_batch(self, chunk: Sequence[Entry], batch: Any) -> int:
+    def _decode_batch(self, batch: Any, *, tiled: bool) -> int:
         """Decode, with filler rows where whole tiles take less time: 15 rows take 1.2 to 1.5 times as long as 16."""
-        rows, spare = len(chunk), -len(chunk) % _TILE
-        apart = len({entry.sequence for entry in chunk}) == rows and all(entry.wants_logits for entry in chunk)
-        if not self._tiles or rows < _TILE or not 0 < spare <= 2 or not apart or rows + spare > self._batch_tokens:
+        rows, spare = batch.n_tokens, -batch.n_tokens % _TILE
+        fits = rows > _TILE and spare in (1, 2) and rows + spare <= self._batch_tokens
+        if not (self._tiles and tiled and fits):
             return int(self._api.llama_decode(self._ctx, batch))
         self._batch.fill_up(batch, spare, self._filler)
         status = int(self._api.llama_decode(self._ctx, batch))

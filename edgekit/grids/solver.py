@@ -79,7 +79,12 @@ def round_matrix(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float 
 
 def proxy_loss(error: Tensor, hessian: Tensor) -> float:
     """Return tr(E H E^T) for the error (out, in) of a weight matrix."""
-    return float(((error @ hessian.to(error.dtype)) * error).sum(dtype=torch.float64))
+    return float(row_losses(error, hessian.to(error.dtype)).sum(dtype=torch.float64))
+
+
+def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
+    """Return the diagonal of E H E^T, shape (out, 1): what each output loses."""
+    return ((error @ hessian) * error).sum(1, keepdim=True)
 
 
 class _Work:
@@ -123,7 +128,7 @@ class _Work:
             # where the loss is least over all real values of this group
             target = old + gradient[:, here] @ factor.T @ factor
             scales, codes, values, _ = self._round(at, target, factor, refit=True)
-            better = _row_loss(target - values, metric) < _row_loss(target - old, metric)
+            better = row_losses(target - values, metric) < row_losses(target - old, metric)
             place = self.places[at] // grid.block
             self.scales[place] = torch.where(better, scales, self.scales[place])
             self.codes[:, here] = torch.where(better, codes, self.codes[:, here])
@@ -156,10 +161,6 @@ class _Work:
             errors[:, column] = (x[:, column] - values[:, column]) / factor[j, j]
             x[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
         return scales, codes, values, errors
-
-
-def _row_loss(error: Tensor, metric: Tensor) -> Tensor:
-    return ((error @ metric) * error).sum(1, keepdim=True)
 
 
 def _order(diagonal: Tensor, grid: Grid) -> Tensor:

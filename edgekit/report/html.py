@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 
@@ -14,20 +15,27 @@ from edgekit.report import figures as fig
 LONG_LIST = 12
 
 
+def load_template(package: str, name: str, **filters: Callable[..., object]) -> Template:
+    """A page's template, whose values are escaped; `clean` is a filter of every page."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(clean=fig.clean, **filters)
+    return environment.from_string(files(package).joinpath(name).read_text("utf-8"))
+
+
 @cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
+    template = load_template(
+        "edgekit.report",
+        "report.html.j2",
         bytes_text=fig.bytes_text,
-        clean=fig.clean,
         exact=lambda gate: fig.exact(gate.name, gate.value),
         number=fig.number,
         percent=fig.percent,
         seconds_text=fig.seconds_text,
         peak_text=fig.peak_text,
     )
-    environment.globals["share_bar"] = lambda value, extent, style="bar": Markup(fig.share_bar(value, extent, style))  # noqa: S704
-    return environment.from_string(files("edgekit.report").joinpath("report.html.j2").read_text("utf-8"))
+    template.globals["share_bar"] = lambda value, extent, style="bar": Markup(fig.share_bar(value, extent, style))  # noqa: S704
+    return template
 
 
 @cache

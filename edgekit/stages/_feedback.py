@@ -85,19 +85,31 @@ def round_file(
             progress(len(done), len(places))
 
         with torch.inference_mode():
-            head = network.get_output_embeddings()
-            inside = {name: place for name, place in places.items() if place.module is not head}
-            for layer, run in walk_layers(network, tokens, sorted_layers(inside)):
-                mine = [place for name, place in inside.items() if name.startswith(f"{layer}.")]
-                with watched([place.module for place in mine]) as hessians:
-                    run()
-                for place in mine:
-                    finish(place, hessians[place.module])
-                run()
-            for place in places.values():
-                if place.module is head:
-                    finish(place, head_hessian(network, tokens))
+            for place, hessian in with_hessians(network, tokens, places, changes=True):
+                finish(place, hessian)
     return done
+
+
+def with_hessians(
+    network: Any, tokens: Tensor, places: Mapping[str, Place], *, changes: bool
+) -> Iterator[tuple[Place, Tensor]]:
+    """Yield every matrix with the mean of x x^T over its inputs, a layer at a time, the head last.
+
+    With `changes` the caller may change a matrix when it has it: the layers after see what it gives then.
+    """
+    head = network.get_output_embeddings()
+    inside = {name: place for name, place in places.items() if place.module is not head}
+    for layer, run in walk_layers(network, tokens, sorted_layers(inside)):
+        mine = [place for name, place in inside.items() if name.startswith(f"{layer}.")]
+        with watched([place.module for place in mine]) as hessians:
+            run()
+        for place in mine:
+            yield place, hessians[place.module]
+        if changes:
+            run()
+    for place in places.values():
+        if place.module is head:
+            yield place, _head_hessian(network, tokens)
 
 
 def find_places(checkpoint: Artifact, network: Any, source: Path) -> dict[str, Place]:
@@ -219,7 +231,7 @@ def _run_layer(module: nn.Module, others: dict[str, Any], states: list[Tensor], 
     given[:] = [output if isinstance(output, Tensor) else output[0] for output in outputs]
 
 
-def head_hessian(network: Any, tokens: Tensor) -> Tensor:
+def _head_hessian(network: Any, tokens: Tensor) -> Tensor:
     """The mean of x x^T over the final states, which the head reads."""
     total: Tensor | float = 0.0
     for window in tokens:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from edgekit.artifact import Artifact
 from edgekit.grids import Grid, find_grid
-from edgekit.grids.solver import round_matrix
-from edgekit.stages._feedback import find_places, head_hessian, sorted_layers, walk_layers, watched
+from edgekit.grids.solver import round_matrix, row_losses
+from edgekit.stages._feedback import find_places, with_hessians
 
 EMBEDDING = "token_embd.weight"
 
@@ -40,29 +40,18 @@ def measure(
     """
     tokens = torch.from_numpy(windows)
     places = find_places(checkpoint, network, source)
-    head, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    embedding = network.get_input_embeddings()
     modules = [place.module for place in places.values()]
     slopes, table = squared_slopes(network, modules, embedding, tokens, lambda i, n: progress(i, n, "windows"))
     found: dict[str, dict[str, float]] = {}
-
-    def try_types(module: nn.Linear, tensor: str, hessian: Tensor) -> None:
-        found[tensor] = {}
-        for grid in _grids(types, module.weight.shape[1]):
-            error = module.weight.data - round_matrix(module.weight.data, hessian, grid, sweeps=0).matrix
-            lost = ((error @ hessian) * error).sum(1)
-            found[tensor][grid.name] = 0.5 * float(slopes[module].double() @ lost.double())
-        progress(len(found), len(places), "matrices")
-
     with torch.inference_mode():
-        for layer, run in walk_layers(network, tokens, sorted_layers(places)):
-            mine = [place for name, place in places.items() if name.startswith(f"{layer}.")]
-            with watched([place.module for place in mine]) as hessians:
-                run()
-            for place in mine:
-                try_types(place.module, place.tensor, hessians[place.module])
-        for place in places.values():
-            if place.module is head:
-                try_types(place.module, place.tensor, head_hessian(network, tokens))
+        for place, hessian in with_hessians(network, tokens, places, changes=False):
+            weight, squares = place.module.weight.data, slopes[place.module].double()
+            losses = found[place.tensor] = {}
+            for grid in _grids(types, weight.shape[1]):
+                lost = row_losses(weight - round_matrix(weight, hessian, grid, sweeps=0).matrix, hessian)
+                losses[grid.name] = 0.5 * float(squares @ lost[:, 0].double())
+            progress(len(found), len(places), "matrices")
         weight = embedding.weight.data
         looked_up = found.setdefault(EMBEDDING, {})
         for grid in _grids(types, weight.shape[1]):
