@@ -23,18 +23,33 @@ from edgekit.bundle import (
     stage_bundle,
     strategy_rows,
 )
-from edgekit.devices import Device, Fingerprint, Job, JobResult, LatencyJob, Measures, describe_machine
+from edgekit.devices import (
+    Device,
+    DivergenceJob,
+    Fingerprint,
+    Job,
+    JobResult,
+    LatencyJob,
+    Measures,
+    describe_machine,
+)
+from edgekit.devices.local import Local
 from edgekit.formats.weights import Weight, read_weights
 from edgekit.gates import check_gates
+from edgekit.measure.divergence import FIGURES
 from edgekit.measure.strategies import StrategyRow
 from edgekit.measurement import Measurement
 from edgekit.plan import Plan, choose_strategy
 from edgekit.predict.against import prediction_errors
 from edgekit.predict.latency import predict_answer
+from edgekit.recipe import Gate
 from edgekit.report import ByteBudget, DeviceRecord, Fallback, MemoryPart, Report, StrategyResult, TensorGroup
 from edgekit.stages.evaluate import read_evaluation
 from edgekit.store import Store
 from edgekit.tools import tool_version
+
+DEVICE = "device"
+"""What accuracy is `of` where a device that is not this machine measured it again."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +84,12 @@ def deliver(
                 engine=settings.engine,
                 model=str(work / settings.model),
                 options=settings.options(),
-                measure=Measures(latency=LatencyJob()),
+                measure=Measures(latency=LatencyJob(), divergence=_divergence(built, store, device)),
                 needs_bytes=plan.memory.required_bytes - plan.memory.margin_bytes,
             )
             payload_bytes = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
             started = time.monotonic()
-            result = device.run(job, progress=lambda name: events.progressed(0, None, name))
+            result = _label(device.run(job, progress=lambda name: events.progressed(0, None, name)))
             events.finished("measure", "executed", time.monotonic() - started)
             report = make_report(plan, built, payload_bytes, device.fingerprint(), result)
             # two builds of one target into one place would take each other's directory for a leftover
@@ -85,6 +100,27 @@ def deliver(
             raise
         store.keep(bundle.path, list(built.digests))
     return Delivered(bundle, report)
+
+
+def _divergence(built: Built, store: Store, device: Device) -> DivergenceJob | None:
+    """Accuracy on a device that is not the machine whose accuracy the steps have measured."""
+    if isinstance(device, Local):
+        return None
+    reference = store.find(next(step.key for step in built.steps if step.stage == "reference"))
+    return DivergenceJob(reference=str(reference.path)) if reference else None
+
+
+def _label(result: JobResult) -> JobResult:
+    """The same with its accuracy `of` the device: that of the bundle is the machine's that built."""
+    labelled = (m.model_copy(update={"of": DEVICE}) if m.name in FIGURES else m for m in result.measurements)
+    return result.model_copy(update={"measurements": tuple(labelled)})
+
+
+def _gates(plan: Plan, measurements: Sequence[Measurement]) -> list[Gate]:
+    """The recipe's gates, those on the bundle's accuracy once more on the device that measured it."""
+    there = {m.name for m in measurements if m.of == DEVICE}
+    again = (gate for gate in plan.gates if gate.of == "bundle" and gate.measure in there)
+    return [*plan.gates, *(gate.model_copy(update={"of": DEVICE}) for gate in again)]
 
 
 def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprint, timed: JobResult) -> Report:
@@ -137,7 +173,7 @@ def make_report(plan: Plan, built: Built, payload_bytes: int, device: Fingerprin
         ),
         steps=built.steps,
         measurements=tuple(measurements),
-        gates=check_gates(plan.gates, measurements),
+        gates=check_gates(_gates(plan, measurements), measurements),
         tensors=_groups(weights),
         fallbacks=tuple(Fallback(**fallback) for fallback in built.result.facts.get("fallbacks", ())),
         budget=_budget(built.result.facts),
@@ -178,14 +214,15 @@ def _notes(plan: Plan, built: Built, host: Fingerprint, timed: JobResult) -> lis
         busy = decode[decode.index("contended") :]
         notes.append(f"The machine was busy while latency was measured, so the speeds are too low ({busy}).")
     # an emulated device measures neither
-    elsewhere = timed.device != host.text and bool(timed.measurements)
+    elsewhere = timed.device != host.text and any(m.of != DEVICE for m in timed.measurements)
+    there = any(m.of == DEVICE for m in timed.measurements)
+    accurate = f"Accuracy was measured {'there and ' if there else ''}on the machine that built ({host.text})"
     if plan.target.name == "local" and elsewhere:
-        notes.append(f"Accuracy was measured on the machine that built ({host.text}), latency on {timed.device}.")
+        notes.append(f"{accurate}, latency on {timed.device}.")
     elif elsewhere:
         notes.append(
             f"The latency and memory shown as measured are those of {timed.device}, which is taken for a "
-            f"{plan.target.title} because you named it. Accuracy was measured on the machine that built ({host.text}) "
-            f"with the same engine, {plan.recipe.engine}."
+            f"{plan.target.title} because you named it. {accurate} with the same engine, {plan.recipe.engine}."
         )
     elif plan.target.name != "local":
         notes.append(

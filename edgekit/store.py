@@ -105,6 +105,16 @@ class Store:
         artifact.verify()
         return artifact
 
+    def find(self, key: str) -> Artifact | None:
+        """What a finished step gave, verified; None where the step, its object or a part of it is not there."""
+        record = self.lookup(key)
+        if record is None or not self.has(record.digest):
+            return None
+        try:
+            return self.open(record.digest)
+        except CorruptArtifact:
+            return None
+
     def discard(self, digest: str) -> None:
         """Remove a damaged object; the steps that gave it will run again."""
         shutil.rmtree(self._object_path(digest), ignore_errors=True)

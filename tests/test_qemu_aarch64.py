@@ -21,6 +21,7 @@ from edgekit.errors import GateFailed, InputError, ToolError
 from edgekit.measure.divergence import write_reference
 from edgekit.measurement import Measurement
 from edgekit.report.write import read_report
+from edgekit.store import Store
 from edgekit.target import find_target
 
 OPTIONS = EngineOptions(context_tokens=128, threads=1)
@@ -158,11 +159,37 @@ def test_a_setup_that_fails_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_
     assert (tmp_path / "root/mine").exists()
 
 
+@pytest.fixture
+def root() -> Path:
+    """The directory of the emulated system."""
+    found = qemu_aarch64.QemuAarch64("qemu-aarch64").root
+    if not (shutil.which("qemu-aarch64-static") and (found / "usr/bin/python3").exists()):
+        pytest.skip(f"no aarch64 system in {found}: edgekit device setup qemu-aarch64")
+    return found
+
+
 @pytest.mark.slow
-def test_aarch64_code_computes_what_x86_code_does(tiny_gguf: Path, tmp_path: Path) -> None:
-    device = qemu_aarch64.QemuAarch64("qemu-aarch64://?windows=2")
-    if not (shutil.which("qemu-aarch64-static") and (device.root / "usr/bin/python3").exists()):
-        pytest.skip(f"no aarch64 system in {device.root}: edgekit device setup qemu-aarch64")
+def test_bundles_for_boards_are_as_accurate_as_aarch64_code(root: Path, empty_store: Store, tmp_path: Path) -> None:
+    boards = ("jetson-orin-nano-super", "raspberry-pi-5")
+    arguments = ["build", *(part for name in boards for part in ("--target", name)), "--out", tmp_path]
+    arguments += ["--device", f"qemu-aarch64://{root}?windows=2"]
+    arguments += [part for field in ("windows=2", "window_tokens=64") for part in ("--set", f"evaluation.{field}")]
+    done = CliRunner().invoke(cli, [*map(str, arguments)], standalone_mode=False)
+    assert done.exception is None or isinstance(done.exception, GateFailed), done.output
+    for name in boards:
+        report = read_report(tmp_path / name)
+        found = {m.of: m for m in report.measurements if m.name == "kl_divergence_nats"}
+        assert "(aarch64) emulated" in (found["device"].device or "")
+        # the same two windows of the same bundle: the instructions and the size of the batches differ
+        assert found["device"].value == pytest.approx(found["bundle"].value, rel=0.1)
+        held = [gate.of for gate in report.gates if gate.name == "kl_divergence_nats"]
+        assert held.count("device") == held.count("bundle") > 0
+        assert not [m for m in report.measurements if m.name == "decode_tokens_per_s" and m.kind == "measured"]
+
+
+@pytest.mark.slow
+def test_aarch64_code_computes_what_x86_code_does(root: Path, tiny_gguf: Path, tmp_path: Path) -> None:
+    device = qemu_aarch64.QemuAarch64(f"qemu-aarch64://{root}?windows=2")
     with llama_cpp.open_model(tiny_gguf, OPTIONS) as engine:
         tokens = np.random.default_rng(0).integers(3, engine.vocabulary_size, (3, TOKENS), dtype=np.int32)
 

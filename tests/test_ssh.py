@@ -974,7 +974,7 @@ def test_a_bundle_is_validated_on_a_board(board: Board, bundles: Any, tmp_path: 
     # the target's threads: the board takes what it has of them, whatever this machine has
     jobs = [json.loads(path.read_text()) for path in board.root.glob("jobs/*/*/1.json")]
     asked = [fields for fields in jobs if fields["of"] == "bundle" and fields["measure"]["divergence"]]
-    assert [fields["options"]["threads"] for fields in asked] == [find_target("jetson").compute.threads]
+    assert {fields["options"]["threads"] for fields in asked} == {find_target("jetson").compute.threads}
     assert EngineOptions(threads=512).cpu_threads == os.cpu_count()
     # the model is in the bundle as well as alone, and went over once
     model = hashlib.sha256(bundles.model.read_bytes()).hexdigest()
@@ -990,6 +990,9 @@ for name, unit, values in [('decode_tokens_per_s', 'tokens/s', [20.0, 19.0, 15.0
     figure = {'name': name, 'value': values[1], 'unit': unit, 'kind': 'measured', 'device': 'a board', 'n': len(values)}
     emit('measurement', measurement=figure)
 emit('part', part='latency')
+if job['measure']['divergence']:
+    figure = {'name': 'kl_divergence_nats', 'value': 9.0, 'unit': 'nats', 'kind': 'measured', 'device': 'a board'}
+    emit('measurement', measurement=figure)
 emit('board', state={'power_mode': '15W', 'temperatures_c': {'cpu': 61.0}, 'throttle_bits': 0x4})
 emit('build', device='a board', info={'engine': 'e', 'offloaded_layers': '0'})
 emit('done')
@@ -1004,7 +1007,8 @@ def test_a_report_names_the_board_that_measured(
     out = tmp_path / "dist"
     arguments = ["build", tiny_hf, "--target", "jetson", "--out", out, "--device", device, *tiny.QUICK]
     done = CliRunner().invoke(cli, [*map(str, arguments), "--json"], standalone_mode=False)
-    assert done.exception is None or isinstance(done.exception, GateFailed), done.output
+    assert isinstance(done.exception, GateFailed), done.output
+    assert "device: kl_divergence_nats" in done.exception.found
     bundle = out / find_target("jetson").name
     report = read_report(bundle)
     found = report.device
@@ -1028,10 +1032,19 @@ def test_a_report_names_the_board_that_measured(
     )
     assert line in (bundle / "report.md").read_text()
     assert line in (bundle / "report.html").read_text()
-    labels = {m.name: device_text(report, m.device) for m in report.measurements if m.kind == "measured" and m.device}
+    labels = {
+        m.name: device_text(report, m.device)
+        for m in report.measurements
+        if m.kind == "measured" and m.device and m.of != "device"
+    }
     assert labels["decode_tokens_per_s"] == labels["load_s"] == "x"
     assert labels["kl_divergence_nats"].endswith("(build host)")
     assert any("The board throttled: throttled." in note for note in report.notes)
+    # accuracy on the board stands beside that of this machine, under the same gate
+    held = [(gate.of, gate.value == 9) for gate in report.gates if gate.name == "kl_divergence_nats"]
+    assert held[-1] == ("device", True)
+    assert ("bundle", False) in held
+    assert any("Accuracy was measured there and on the machine that built" in note for note in report.notes)
     assert json.loads(done.stdout)["targets"][0]["device"]["fingerprint"] == "a board"
 
 

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edgekit.answers import judge_answers, questions
-from edgekit.artifact import CorruptArtifact
-from edgekit.bundle import Bundle, open_bundle
+from edgekit.bundle import open_bundle
 from edgekit.commands._paths import GivenPath
 from edgekit.commands._progress import ProgressDisplay
 from edgekit.devices import Device, DivergenceJob, Job, LatencyJob, Measures, open_device
@@ -21,6 +20,7 @@ from edgekit.gates import check_gates
 from edgekit.measurement import Measurement
 from edgekit.recipe import Gate
 from edgekit.report.figures import shown
+from edgekit.report.write import read_report
 from edgekit.store import Store
 from edgekit.tasks import Task, find_task
 
@@ -47,14 +47,17 @@ def command(bundle: Path, tasks: tuple[str, ...], problems: int, device_url: str
     opened = open_bundle(bundle)
     opened.verify()
     settings = opened.settings
-    reference = _reference(opened, Store.default())
+    reference = Store.default().find(
+        next((step["key"] for step in opened.manifest.steps if step["stage"] == "reference"), "")
+    )
     job = Job(
         engine=settings.engine,
         model=str(opened.model),
         options=settings.options(),
         measure=Measures(
-            latency=LatencyJob(), divergence=DivergenceJob(reference=str(reference)) if reference else None
+            latency=LatencyJob(), divergence=DivergenceJob(reference=str(reference.path)) if reference else None
         ),
+        needs_bytes=read_report(opened.path).needs_bytes,
     )
     with ProgressDisplay() as display:
         display.started("measure", 1, 1)
@@ -111,14 +114,3 @@ def _answer(task: Task, count: int, bundle: Path, job: Job, device: Device) -> l
         asking = job.model_copy(update={"measure": Measures(answers=questions(task, problems, bundle))})
         result = device.run(asking, progress=progress)
     return judge_answers(task, problems, result.answers, result.device)
-
-
-def _reference(bundle: Bundle, store: Store) -> Path | None:
-    key = next((step["key"] for step in bundle.manifest.steps if step["stage"] == "reference"), "")
-    record = store.lookup(key)
-    if record is None or not store.has(record.digest):
-        return None
-    try:
-        return store.open(record.digest).path
-    except CorruptArtifact:
-        return None

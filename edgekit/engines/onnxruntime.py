@@ -57,10 +57,11 @@ def open_model(path: Path, options: EngineOptions) -> OnnxRuntime:
 
 def build_info() -> dict[str, str]:
     """Version of the package and the execution providers built into it; an open engine's `provider` is what runs."""
+    providers = library().get_available_providers()
     return {
         "engine": "onnxruntime",
         "version": importlib.metadata.version(DISTRIBUTION),
-        "providers": ",".join(library().get_available_providers()),
+        "providers": ",".join(providers),
     }
 
 

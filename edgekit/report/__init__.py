@@ -137,6 +137,11 @@ class Report(Strict):
     """What the reader must know, e.g. that latency is predicted because the target is another machine."""
 
     @property
+    def needs_bytes(self) -> int:
+        """Memory predicted to be taken on the target, without the margin."""
+        return sum(part.bytes for part in self.memory if part.name != "margin")
+
+    @property
     def passed(self) -> bool:
         """Whether every gate was kept."""
         return all(gate.passed for gate in self.gates)

@@ -11,6 +11,7 @@ from edgekit.report.figures import bytes_text, clean, exact
 from edgekit.report.summary import (
     Memory,
     Reading,
+    device_line,
     key_figures,
     memory_on_target,
     model_name,
@@ -30,6 +31,9 @@ def show(report: Report, console: Console) -> None:
     _line(console, (f"{result.word}: {result.detail}", STYLES[result.word]))
     _line(console, (model_name(report), "bold"))
     _line(console, (f"for {target_title(report)}, recipe {recipe_name(report)}", ""))
+    if report.device and report.device.fingerprint != report.host.get("fingerprint"):
+        for part in _wrap(device_line(report), WIDTH):
+            _line(console, (part, ""))
     figures = key_figures(report)
     if figures:
         console.print()
