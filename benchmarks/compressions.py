@@ -147,7 +147,7 @@ def main() -> None:
                 group = built.result.facts["group_size"]
                 settings: dict[str, Any] = {"bits": 4, "group_size": group, "sym": method == "gptq"}
                 if method == "gptq":
-                    settings |= {"desc_act": False, "damp_percent": params["gptq"].damping}
+                    settings |= {"desc_act": False}
                 took = direct(GPTQMODEL, place, method, str(checkpoint.path), str(out), json.dumps(settings))
             elif name == "nf4":
                 double = str(int(params["bitsandbytes"].double_quant))

@@ -7,6 +7,7 @@ them in tensors of their own (`edgekit.grids.containers`). Tensors go in and com
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Protocol
 
 from edgekit.errors import InputError, suggest
@@ -18,6 +19,7 @@ BITS = (2, 3, 4, 8)
 """Of the integers that GPTQ checkpoints hold."""
 NAMES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 """Every grid that `find_grid` knows: types of GGUF."""
+_INTEGERS = re.compile(r"int(\d)-g([1-9]\d{0,4})(-zeros)?")
 
 
 class Grid(Protocol):
@@ -91,15 +93,35 @@ def integer_grid(bits: int, group: int, *, symmetric: bool = True) -> Grid:
     return integers.integer_grid(bits, group, symmetric)
 
 
-def find_grid(name: str) -> BlockGrid:
-    """Return the grid of a GGUF type, `name` in any case. Raises InputError where there is none."""
-    wanted = {known.lower(): known for known in NAMES}.get(name.lower())
-    if wanted is None:
+def grid_name(text: str) -> str:
+    """Return the name of a grid as the grid has it: a GGUF type, `int4-g32` or `int4-g32-zeros`. Raises InputError."""
+    found = _INTEGERS.fullmatch(text)
+    if found and int(found[1]) in BITS:
+        return text
+    known = {name.lower(): name for name in NAMES}
+    if text.lower() not in known:
         raise InputError(
-            f"a format to round onto: {', '.join(NAMES)}",
-            f"{name!r}{suggest(name.upper(), NAMES)}",
+            f"a format to round onto: {', '.join(NAMES)}, int4-g32, int4-g32-zeros",
+            f"{text!r}{suggest(text.upper(), NAMES)}",
             "choose one of them",
         )
+    return known[text.lower()]
+
+
+def open_grid(name: str) -> Grid:
+    """Return the grid of that name. Raises InputError."""
+    name = grid_name(name)
+    if found := _INTEGERS.fullmatch(name):
+        return integer_grid(int(found[1]), int(found[2]), symmetric=not found[3])
+    return find_grid(name)
+
+
+def find_grid(name: str) -> BlockGrid:
+    """Return the grid of a GGUF type, `name` in any case. Raises InputError where there is none."""
     from edgekit.grids import kquants, legacy
 
-    return {**legacy.GRIDS, **kquants.GRIDS}[wanted]
+    grids = {**legacy.GRIDS, **kquants.GRIDS}
+    name = grid_name(name)
+    if name not in grids:
+        raise InputError(f"a type of GGUF: {', '.join(NAMES)}", repr(name), "choose one of them")
+    return grids[name]

@@ -101,6 +101,16 @@ def curve(tensors: Sequence[Sequence[Option]]) -> list[Point]:
     return points
 
 
+def thin(points: Sequence[Point], besides: int, count: int = 60) -> list[list[float]]:
+    """About `count` points of a curve as (bytes of the file, loss): for a plot."""
+    return [[besides + point.nbytes, point.loss] for point in points[:: max(1, len(points) // count)]]
+
+
+def assumed_loss(weights: int, nbytes: float) -> float:
+    """A loss to plan with where none was measured: every bit quarters what a weight loses, whichever weight it is."""
+    return float(weights * 4.0 ** (-8 * nbytes / weights))
+
+
 def undominated(options: Sequence[Option]) -> list[Option]:
     """The options that no other beats in bytes without a greater loss, by rising bytes."""
     kept: list[Option] = []

@@ -6,25 +6,27 @@ import torch
 from torch import Tensor
 
 
-def gptq_tensors(codes: Tensor, scales: Tensor, bits: int) -> dict[str, Tensor]:
+def gptq_tensors(codes: Tensor, scales: Tensor, bits: int, groups: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors of a linear layer in GPTQ's first format (AutoGPTQ), which transformers and vLLM load.
 
     Args:
         codes: uint8 (out, in).
         scales: float32 (groups, out, k): the scale, and the zero where k is 2.
         bits: of a code: 2, 3, 4 or 8.
+        groups: (in,) of each input; None where they follow each other.
 
     Returns `qweight` int32 (in * bits / 32, out), `qzeros` int32 (groups, out * bits / 32), `scales` float16 (groups,
     out) and `g_idx` int32 (in): bits fill words from the lowest, along the inputs and the outputs. The format stores
     zeros less 1.
     """
-    groups = len(scales)
     inputs = codes.shape[1]
+    if groups is None:
+        groups = torch.arange(inputs, device=codes.device) // (inputs // len(scales))
     return {
         "qweight": _words(codes.T, bits, 0),
         "qzeros": _words(_zeros(scales, bits) - 1 & (1 << bits) - 1, bits, 1),
         "scales": scales[:, :, 0].half().contiguous(),
-        "g_idx": torch.arange(inputs, dtype=torch.int32, device=codes.device) // (inputs // groups),
+        "g_idx": groups.to(torch.int32),
     }
 
 

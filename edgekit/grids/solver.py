@@ -77,6 +77,19 @@ def round_matrix(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float 
     return Rounded(torch.cat(codes), torch.cat(scales, 1), rounded, proxy_loss(weight - rounded, hessian))
 
 
+def round_nearest(weight: Tensor, grid: Grid) -> Rounded:
+    """Round each block of `weight` float32 (out, in) by itself: for a table that is looked up, not multiplied."""
+    even = torch.ones(grid.block, device=weight.device)
+    codes, scales, values = [], [], []
+    for block in weight.split(grid.block, 1):
+        scales.append(grid.fit(block, even))
+        codes.append(grid.snap(block, scales[-1], 0))
+        values.append(grid.values(codes[-1], scales[-1], 0))
+    matrix = torch.cat(values, 1)
+    loss = float((weight - matrix).square().sum(dtype=torch.float64))
+    return Rounded(torch.cat(codes, 1), torch.stack(scales), matrix, loss)
+
+
 def proxy_loss(error: Tensor, hessian: Tensor) -> float:
     """Return tr(E H E^T) for the error (out, in) of a weight matrix."""
     return float(row_losses(error, hessian.to(error.dtype)).sum(dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What `gptq` and `awq` share: GPTQModel, run in a process of its own.
+"""GPTQModel, which `awq` runs in a process of its own.
 
 The library patches transformers on import, keeps threads and files of its own and prints as it likes. A process
 that ends takes all of that with it: `quantize` starts one on this file, in a directory that is removed afterwards.
@@ -11,21 +11,20 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from math import ceil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from unittest import mock
 
 import numpy as np
 
 import edgekit
 from edgekit.artifact import Artifact
-from edgekit.errors import InputError, ToolError
+from edgekit.errors import ToolError
 from edgekit.formats.safetensors import read_checkpoint
 from edgekit.huggingface import calibration_windows, load_tokenizer, open_checkpoint
 from edgekit.model import ModelShape, elements, read_config
-from edgekit.stage import CalibratedParams, Facts, Progress, StageContext, Tensor
+from edgekit.stage import CalibratedParams, Facts, Progress, StageContext
 from edgekit.stages._quantized import (
     copy_side_files,
     is_matrix,
@@ -35,15 +34,12 @@ from edgekit.stages._quantized import (
     write_json,
 )
 
-Method = Literal["gptq", "awq"]
-AUTO_GROUP_SIZES = (128, 64, 32)
 _META = ("quantizer", "uri", "damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "mse",
          "act_group_aware")  # fmt: skip
 """What GPTQModel's `meta` says of the weights; the rest is about the machine, with paths of it."""
 
 
 def quantize(
-    method: Method,
     model: Artifact,
     out: Path,
     params: CalibratedParams,
@@ -60,7 +56,7 @@ def quantize(
 
     Args:
         group_size: From `find_group_size`.
-        settings: Further arguments of GPTQModel's `GPTQConfig` or `AWQConfig`.
+        settings: Further arguments of GPTQModel's `AWQConfig`.
 
     Raises ToolError with the library's last line when it fails.
     """
@@ -73,7 +69,6 @@ def quantize(
     with tempfile.TemporaryDirectory(dir=out) as scratch:
         np.save(Path(scratch) / "windows.npy", windows)
         job = {
-            "method": method,
             "model": str(model.path.absolute()),
             "out": str(out.absolute()),
             "dtype": stored_dtype(config),
@@ -87,58 +82,13 @@ def quantize(
     write_json(out / "quantize_config.json", quantization)
     return {
         **model.facts,
-        "quantization": method,
+        "quantization": "awq",
         "bits": quantization["bits"],
         "group_size": group_size,
         "tokens": int(windows.size),
         "text": params.text,
         "weight_bytes": sum(tensor.nbytes for tensor in read_checkpoint(out).values()),
     }
-
-
-def find_group_size(
-    stage: str, tensors: Sequence[Tensor], wanted: int | Literal["auto"], known: Sequence[int], columns: int
-) -> int:
-    """Return inputs per group: `wanted`, or the largest of 128, 64 and 32 that divides the inputs of every matrix.
-
-    Args:
-        stage: Whose parameter it is, for the error.
-        tensors: Planned tensors, those that stay as they are included.
-        known: Group sizes of the format, -1 (one group per output) left out.
-        columns: The format packs so many outputs together.
-
-    Raises InputError, which names a matrix and the group sizes that would do.
-    """
-    matrices = [tensor for tensor in tensors if is_matrix(tensor)]
-    for tensor in matrices:
-        if tensor.shape[1] % columns:
-            wanted_outputs = f"matrices whose outputs are a multiple of {columns}"
-            raise InputError(f"{wanted_outputs}, for {stage}", f"{tensor.shape[1]} of {tensor.name}", "use gguf")
-    divisors = [size for size in known if all(tensor.shape[0] % size == 0 for tensor in matrices)]
-    if wanted == "auto":
-        chosen = next((size for size in AUTO_GROUP_SIZES if size in divisors), None)
-    else:
-        chosen = wanted if wanted == -1 or wanted in divisors else None
-    if chosen is not None:
-        return chosen
-    size = AUTO_GROUP_SIZES[-1] if wanted == "auto" else wanted
-    odd = next(tensor for tensor in matrices if tensor.shape[0] % size)
-    fitting = ", ".join(map(str, divisors)) or "none"
-    raise InputError(
-        f"a group size that divides the inputs of every matrix ({fitting})",
-        f"{wanted} with {odd.shape[0]} inputs of {odd.name}",
-        f"--set {stage}.group_size={divisors[0]}" if divisors else "use gguf, or another model",
-    )
-
-
-def packed_bytes(values: int, bits: int) -> int:
-    """Bytes of values packed into 32-bit words."""
-    return 4 * ceil(values * bits / 32)
-
-
-def type_name(method: Method, bits: int, group_size: int) -> str:
-    """Name of the storage type of a matrix, e.g. `gptq-int4-g64`; without a group where each output is one."""
-    return f"{method}-int{bits}" + (f"-g{group_size}" if group_size != -1 else "")
 
 
 def calibrated_host_bytes(shape: ModelShape, params: CalibratedParams, kept: int) -> int:
@@ -180,7 +130,7 @@ def _run(job: Mapping[str, Any], scratch: Path, layers: int, progress: Progress)
             raise
     if process.returncode or not result:
         raise ToolError(
-            f"a {job['method']} checkpoint from GPTQModel",
+            "an AWQ checkpoint from GPTQModel",
             "it was killed, perhaps for lack of memory" if process.returncode == -9 else _last_line(log),
             "give more or other calibration text, or fewer windows",
         )
@@ -195,8 +145,6 @@ def _environment(scratch: Path) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")])),
         # one worker is fewer than the two that it asks its own pool for, and it fails
         "GPTQMODEL_CPU_WORKERS": str(max(2, min(8, cores // 2))),
-        # it would compile CUDA code on first use; the plain path computes the same
-        "GPTQMODEL_DISABLE_GPTQ_CUDA": "1",
         "GPTQMODEL_TORCH_EXTENSIONS_DIR": str(scratch / "extensions"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -217,14 +165,11 @@ def main() -> None:
     job = json.loads(Path("job.json").read_text())
 
     import torch
-    from gptqmodel import BACKEND, AWQConfig, GPTQConfig, GPTQModel
+    from gptqmodel import BACKEND, AWQConfig, GPTQModel
 
-    backend = BACKEND.AUTO
-    if job["method"] == "awq":
-        backend = BACKEND.AWQ_TORCH
-        let_awq_run_in_float32()
-    make = {"gptq": GPTQConfig, "awq": AWQConfig}[job["method"]]
-    settings = make(
+    backend = BACKEND.AWQ_TORCH
+    let_awq_run_in_float32()
+    settings = AWQConfig(
         **job["settings"],
         device="cuda:0" if torch.cuda.is_available() else "cpu",
         offload_to_disk=True,

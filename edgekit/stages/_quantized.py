@@ -6,11 +6,12 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgekit.artifact import Artifact
-from edgekit.errors import ToolError
+from edgekit.errors import InputError, ToolError
 from edgekit.formats.safetensors import read_checkpoint
 from edgekit.model import elements, gguf_names
 from edgekit.stage import Tensor
@@ -18,6 +19,7 @@ from edgekit.tools import copy_file
 
 _MATRIX = re.compile(r"blk\.\d+\..+\.weight")
 _INDEX = "model.safetensors.index.json"
+AUTO_GROUP_SIZES = (128, 64, 32)
 
 
 def is_matrix(tensor: Tensor) -> bool:
@@ -130,3 +132,48 @@ def store_weights(
     if len(shards) > 1:
         write_json(out / _INDEX, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     return chosen
+
+
+def find_group_size(
+    stage: str, tensors: Sequence[Tensor], wanted: int | Literal["auto"], known: Sequence[int], columns: int
+) -> int:
+    """Return inputs per group: `wanted`, or the largest of 128, 64 and 32 that divides the inputs of every matrix.
+
+    Args:
+        stage: Whose parameter it is, for the error.
+        tensors: Planned tensors, those that stay as they are included.
+        known: Group sizes of the format, -1 (one group per output) left out.
+        columns: The format packs so many outputs together.
+
+    Raises InputError, which names a matrix and the group sizes that would do.
+    """
+    matrices = [tensor for tensor in tensors if is_matrix(tensor)]
+    for tensor in matrices:
+        if tensor.shape[1] % columns:
+            wanted_outputs = f"matrices whose outputs are a multiple of {columns}"
+            raise InputError(f"{wanted_outputs}, for {stage}", f"{tensor.shape[1]} of {tensor.name}", "use gguf")
+    divisors = [size for size in known if all(tensor.shape[0] % size == 0 for tensor in matrices)]
+    if wanted == "auto":
+        chosen = next((size for size in AUTO_GROUP_SIZES if size in divisors), None)
+    else:
+        chosen = wanted if wanted == -1 or wanted in divisors else None
+    if chosen is not None:
+        return chosen
+    size = AUTO_GROUP_SIZES[-1] if wanted == "auto" else wanted
+    odd = next(tensor for tensor in matrices if tensor.shape[0] % size)
+    fitting = ", ".join(map(str, divisors)) or "none"
+    raise InputError(
+        f"a group size that divides the inputs of every matrix ({fitting})",
+        f"{wanted} with {odd.shape[0]} inputs of {odd.name}",
+        f"--set {stage}.group_size={divisors[0]}" if divisors else "use gguf, or another model",
+    )
+
+
+def packed_bytes(values: int, bits: int) -> int:
+    """Bytes of values packed into 32-bit words."""
+    return 4 * ceil(values * bits / 32)
+
+
+def type_name(method: str, bits: int, group_size: int) -> str:
+    """Name of the storage type of a matrix, e.g. `gptq-int4-g64`; without a group where each output is one."""
+    return f"{method}-int{bits}" + (f"-g{group_size}" if group_size != -1 else "")

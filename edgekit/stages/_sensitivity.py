@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from edgekit.artifact import Artifact
-from edgekit.grids import Grid, find_grid
-from edgekit.grids.solver import round_matrix, row_losses
-from edgekit.stages._feedback import find_places, with_hessians
+from edgekit.grids import Grid, open_grid
+from edgekit.grids.solver import round_matrix, round_nearest, row_losses
+from edgekit.model import gguf_names
+from edgekit.stages._feedback import find_places
+from edgekit.stages._hessians import with_hessians
 
 EMBEDDING = "token_embd.weight"
 
@@ -24,41 +26,56 @@ def measure(
     checkpoint: Artifact,
     network: Any,
     windows: npt.NDArray[np.int64],
-    source: Path,
+    source: Path | None,
     types: Sequence[str],
     progress: Callable[[int, int, str], None],
 ) -> dict[str, dict[str, float]]:
-    """Return nats by tensor and type.
+    """Return nats by GGUF's name of the tensor, and type.
 
     Args:
         checkpoint: What the network was loaded from.
         network: A causal language model of transformers in float32.
         windows: (windows, tokens) of calibration text.
-        source: The model as GGUF, not quantized.
+        source: The model as GGUF, not quantized: its tensors are meant. None for the network's.
         types: Names of grids.
         progress: Called with what is done, its number and its unit.
     """
     tokens = torch.from_numpy(windows)
-    places = find_places(checkpoint, network, source)
+    linears = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    if source is not None:
+        found_there = find_places(checkpoint, network, source)
+        linears = {name: place.module for name, place in found_there.items()}
+        named = {name: place.tensor for name, place in found_there.items()}
+    else:
+        named = tensor_names(checkpoint, network, linears)
     embedding = network.get_input_embeddings()
-    modules = [place.module for place in places.values()]
+    modules = [*linears.values()]
     slopes, table = squared_slopes(network, modules, embedding, tokens, lambda i, n: progress(i, n, "windows"))
     found: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
-        for place, hessian in with_hessians(network, tokens, places, changes=False):
-            weight, squares = place.module.weight.data, slopes[place.module].double()
-            losses = found[place.tensor] = {}
+        for name, module, hessian in with_hessians(network, tokens, linears, changes=False):
+            weight, squares = module.weight.data, slopes[module].double()
+            losses = found[named[name]] = {}
             for grid in _grids(types, weight.shape[1]):
                 lost = row_losses(weight - round_matrix(weight, hessian, grid, sweeps=0).matrix, hessian)
                 losses[grid.name] = 0.5 * float(squares @ lost[:, 0].double())
-            progress(len(found), len(places), "matrices")
+            progress(len(found), len(linears), "matrices")
         weight = embedding.weight.data
         looked_up = found.setdefault(EMBEDDING, {})
         for grid in _grids(types, weight.shape[1]):
             # a tied matrix is rounded once, and read twice
-            error = weight - _nearest(weight, grid)
+            error = weight - round_nearest(weight, grid).matrix
             looked_up[grid.name] = looked_up.get(grid.name, 0.0) + 0.5 * float((table * error.square()).sum())
     return found
+
+
+def tensor_names(checkpoint: Artifact, network: Any, linears: Iterable[str]) -> dict[str, str]:
+    """GGUF's names of linear layers' weights; of a tied head, the embedding's."""
+    keys = {f"{name}.weight": name for name in linears}
+    found = gguf_names(checkpoint.facts["architecture"], checkpoint.facts["layers"], [*keys])
+    head, table = network.get_output_embeddings(), network.get_input_embeddings()
+    tied = {name for name in keys.values() if network.get_submodule(name) is head and head.weight is table.weight}
+    return {name: EMBEDDING if name in tied else called for key, name in keys.items() if (called := found[key])}
 
 
 def squared_slopes(
@@ -127,14 +144,4 @@ def _frozen(network: Any) -> Iterator[None]:
 
 
 def _grids(types: Sequence[str], columns: int) -> list[Grid]:
-    return [grid for grid in map(find_grid, types) if columns % grid.block == 0]
-
-
-def _nearest(weight: Tensor, grid: Grid) -> Tensor:
-    """The matrix rounded block by block, as a quantizer does that knows no activations."""
-    even = torch.ones(grid.block)
-    blocks = []
-    for block in weight.split(grid.block, 1):
-        scales = grid.fit(block, even)
-        blocks.append(grid.values(grid.snap(block, scales, 0), scales, 0))
-    return torch.cat(blocks, 1)
+    return [grid for grid in map(open_grid, types) if columns % grid.block == 0]

@@ -9,14 +9,8 @@ from typing import Literal
 from edgekit.artifact import Artifact
 from edgekit.model import ModelShape
 from edgekit.stage import CalibratedParams, Facts, StageContext, Tensor, stage
-from edgekit.stages._gptqmodel import (
-    calibrated_host_bytes,
-    find_group_size,
-    packed_bytes,
-    quantize,
-    type_name,
-)
-from edgekit.stages._quantized import planned_tensors, predict_tensors
+from edgekit.stages._gptqmodel import calibrated_host_bytes, quantize
+from edgekit.stages._quantized import find_group_size, packed_bytes, planned_tensors, predict_tensors, type_name
 
 _BITS = 4  # what the kernels of the format (`gemm`) run
 _GROUP_SIZES = (128, 64, 32, 16)
@@ -40,7 +34,7 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Quantize the matrices of all layers to 4 bits with AWQ (Lin et al., arXiv:2306.00978)."""
     group_size = _group_size([*planned_tensors(model).values()], params)
     settings = {"bits": _BITS, "sym": False}
-    return quantize("awq", model, out, params, ctx, group_size=group_size, settings=settings)
+    return quantize(model, out, params, ctx, group_size=group_size, settings=settings)
 
 
 def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> tuple[Sequence[Tensor], Sequence[str]]:

@@ -21,7 +21,7 @@ from edgekit.engines.llama_cpp import Log, collect_log, library
 from edgekit.errors import InputError, ToolError, suggest
 from edgekit.formats import gguf
 from edgekit.grids import NAMES
-from edgekit.grids.budget import Option, choose, curve
+from edgekit.grids.budget import Option, assumed_loss, choose, curve, thin
 from edgekit.huggingface import calibration_windows, open_checkpoint
 from edgekit.stage import CalibratedParams, Facts, StageContext, StageParams, Tensor, stage
 from edgekit.stages.imatrix import FILE_NAME as IMATRIX_FILE
@@ -123,7 +123,6 @@ def _type_name(text: str) -> str:
 
 _ADDED_BYTES = 4096
 """More than the metadata that the quantizer adds, and the alignment after it."""
-_CURVE_POINTS = 60
 
 
 @dataclass(frozen=True)
@@ -229,7 +228,6 @@ def within_budget(
             besides += nbytes(info, mix.get(info.name, info.type))
     found = choose(list(options.values()), budget, besides)
     types = dict(zip(options, found.types, strict=True))
-    points = curve(list(options.values()))
     named = {"^" + name.replace(".", r"\.") + "$": kind for name, kind in types.items()}
     update = {
         "tensor_types": named | params.tensor_types,
@@ -240,18 +238,17 @@ def within_budget(
         "budget_bytes": budget,
         "predicted_divergence_nats": found.loss,
         "types": dict(Counter(types.values()).most_common()),
-        "curve": [[besides + point.nbytes, point.loss] for point in points[:: max(1, len(points) // _CURVE_POINTS)]],
+        "curve": thin(curve(list(options.values())), besides),
     }
     return params.model_copy(update=update), facts
 
 
 def _assumed_losses(tensors: Sequence[Tensor]) -> dict[str, dict[str, float]]:
-    """For a plan, which measures nothing: every bit quarters a weight's loss, whichever weight it is."""
     known = {_type_name(name): name for name in NAMES}
     kinds = [kind for kind in gguf.GGML_TYPES.values() if kind.name in known]
     return {
         t.name: {
-            kind.name: math.prod(t.shape) * 4.0 ** (-8 * kind.block_bytes / kind.block_elements)
+            kind.name: assumed_loss(math.prod(t.shape), gguf.tensor_bytes(kind.name, t.shape))
             for kind in kinds
             if t.shape[0] % kind.block_elements == 0
         }

@@ -1,24 +1,32 @@
-"""GPTQ: matrices rounded column by column, each column's error fed into those not yet rounded."""
+"""GPTQ checkpoints: matrices rounded column by column, each column's error fed into those not yet rounded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
+import edgekit
 from edgekit.artifact import Artifact
-from edgekit.model import ModelShape
+from edgekit.formats.safetensors import read_checkpoint
+from edgekit.huggingface import calibration_windows, open_checkpoint
+from edgekit.model import ModelShape, read_config
 from edgekit.stage import CalibratedParams, Facts, StageContext, Tensor, stage
-from edgekit.stages._gptqmodel import (
-    calibrated_host_bytes,
+from edgekit.stages._quantized import (
+    copy_side_files,
     find_group_size,
+    is_matrix,
     packed_bytes,
-    quantize,
+    planned_tensors,
+    predict_tensors,
+    store_weights,
+    stored_dtype,
     type_name,
+    write_config,
+    write_json,
 )
-from edgekit.stages._quantized import planned_tensors, predict_tensors
 
 _GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
 
@@ -33,28 +41,74 @@ class Params(CalibratedParams):
     """Round columns in the order of their activations (`desc_act`): a little better, slower on some kernels."""
     sym: bool = True
     """Grids symmetric about zero, which more kernels run; else with a zero point per group."""
-    damping: float = Field(0.05, gt=0, lt=1)
-    """Share of the mean diagonal that is added to the diagonal of the second moments."""
+    damping: float = Field(0.03, gt=0, lt=1)
+    """What is added to each second moment of the inputs, as a part of its geometric mean with their average."""
 
 
 @stage(
-    version=1,
+    version=2,
     takes="checkpoint",
     gives="checkpoint[gptq]",
-    tools=("gptqmodel", "torch", "transformers", "safetensors"),
+    tools=("torch", "transformers", "safetensors"),
 )
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
-    """Quantize the matrices of all layers with GPTQ (Frantar et al., arXiv:2210.17323)."""
-    group_size = _group_size([*planned_tensors(model).values()], params)
-    settings = {
+    """Round the matrices of all layers with GPTQ (Frantar et al., arXiv:2210.17323) and sweeps after it.
+
+    The rounding is `edgekit.grids.solver`'s, the format that of AutoGPTQ, which transformers and vLLM read. A layer
+    sees the inputs that the rounded layers before it give. What is not rounded keeps 16 bits; all files but weights
+    and config are the source's.
+
+    Raises InputError for matrices that no linear layer of the network holds.
+    """
+    from edgekit.stages import _gptq
+
+    planned = planned_tensors(model)
+    group_size = _group_size([*planned.values()], params)
+    tokenizer, network = open_checkpoint(model)
+    windows = calibration_windows(
+        tokenizer, lambda: network, params.text, params.windows, params.window_tokens, ctx.progress
+    )
+    matrices = [name for name, tensor in planned.items() if is_matrix(tensor)]
+    packed = _gptq.round_layers(network, windows, matrices, params, group_size, ctx.progress)
+    copy_side_files(model, out)
+    config = read_config(model.path)
+    dtype = store_weights(
+        model.path,
+        out,
+        stored_dtype(config),
+        drop=["lm_head.weight"] if config.get("tie_word_embeddings") else (),
+        convert=lambda name, tensor: packed.get(name) or {name: tensor},
+    )
+    quantization = _describe(params, group_size)
+    write_config(out, config, dtype, quantization)
+    write_json(out / "quantize_config.json", quantization)
+    return {
+        **model.facts,
+        "quantization": "gptq",
         "bits": params.bits,
+        "group_size": group_size,
+        "tokens": int(windows.size),
+        "text": params.text,
+        "weight_bytes": sum(tensor.nbytes for tensor in read_checkpoint(out).values()),
+    }
+
+
+def _describe(params: Params, group_size: int) -> dict[str, Any]:
+    """What loaders ask: the fields of transformers' and vLLM's GPTQConfig."""
+    # loaders take zero points for right only where a writer is named that is known to store them less 1, as we do
+    known = [] if params.sym else ["gptqmodel:0.9.0"]
+    return {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": params.bits,
+        "group_size": group_size,
         "desc_act": params.act_order,
         "sym": params.sym,
+        "lm_head": False,
+        "pack_dtype": "int32",
         "damp_percent": params.damping,
-        # the library's default where columns keep their order: groups by activation, no cost at run time
-        "act_group_aware": not params.act_order and group_size != -1,
+        "meta": {"quantizer": [f"edgekit:{edgekit.__version__}", *known]},
     }
-    return quantize("gptq", model, out, params, ctx, group_size=group_size, settings=settings)
 
 
 def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> tuple[Sequence[Tensor], Sequence[str]]:
@@ -71,9 +125,11 @@ def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> 
 
 
 def host_bytes(shape: ModelShape, params: Params) -> int:
-    """Peak memory of the build host in bytes."""
-    # a layer's inputs and outputs, and the widest activation between them
-    return calibrated_host_bytes(shape, params, kept=4 * shape.hidden + shape.feed_forward // max(1, params.windows))
+    """Peak memory of the build host in bytes: the model in float32 and, in the same, the activations between two
+    layers and the second moments of one with their factors."""
+    widest = max((tensor.shape[0] for tensor in shape.tensors if is_matrix(tensor)), default=0)
+    activations = 2 * params.windows * params.window_tokens * shape.hidden
+    return (1 << 30) + 4 * (shape.parameters + activations + 8 * widest**2)
 
 
 def _group_size(tensors: Sequence[Tensor], params: Params) -> int:

@@ -22,9 +22,8 @@ from edgekit.formats import safetensors
 from edgekit.formats.onnx import read_tensors
 from edgekit.model import ModelShape, read_config
 from edgekit.stage import Facts, StageContext, StageParams, Tensor, stage
+from edgekit.stages._onnx_graph import CONFIG, DATA, MODEL, check_graph, read_values, rewrite_data
 from edgekit.target import Target
-
-MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 
 Provider = Literal["cpu", "cuda", "dml", "openvino", "qnn", "tensorrt", "webgpu"]
 PRECISIONS: Mapping[str, tuple[str, ...]] = {
@@ -362,7 +361,7 @@ def _finish(out: Path, params: Params, provider: str, *, tied: bool) -> int:
         _shrink_embedding(model, out, params, tied)
     path.write_bytes(model.SerializeToString(deterministic=True))
     try:
-        _check(model, out, params)
+        check_graph(model, out, hidden_states=params.hidden_states)
     except (InputError, onnx.checker.ValidationError) as error:
         found = error.found if isinstance(error, InputError) else str(error).strip().partition("\n")[0]
         raise ToolError(
@@ -411,14 +410,14 @@ def _shrink_embedding(model: Any, out: Path, params: Params, tied: bool) -> None
         new = [reshape, look_up]
         changed[_EMBEDDING] = None
     else:
-        values = _values(table, out)
+        values = read_values(table, out)
         if not np.abs(values).max() <= _HALF_MAX:
             return
         half = f"{output}/half"
         look_up = helper.make_node("Gather", [_EMBEDDING, tokens], [half], gather.name)
         cast = helper.make_node("Cast", [half], [output], "/model/embed_tokens/Cast", to=TensorProto.FLOAT)
         new = [look_up, cast]
-        changed[_EMBEDDING] = values
+        changed[_EMBEDDING] = values.astype(np.float16)
     del graph.node[at]
     for offset, node in enumerate(new):
         graph.node.insert(at + offset, node)
@@ -426,63 +425,4 @@ def _shrink_embedding(model: Any, out: Path, params: Params, tied: bool) -> None
     stale = [value for value in graph.value_info if value.name == _EMBEDDING]
     for value in stale:
         graph.value_info.remove(value)
-    _rewrite_data(graph, out, changed)
-
-
-def _values(tensor: Any, out: Path) -> Any:
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    return np.memmap(out / DATA, np.float32, "r", int(place["offset"]), tuple(tensor.dims))
-
-
-def _rewrite_data(graph: Any, out: Path, changed: Mapping[str, Any]) -> None:
-    """Write the external data anew: a tensor of `changed` as float16, or not at all for None; others as they are."""
-    from onnx import TensorProto
-
-    source, target = out / DATA, out / f"{DATA}.new"
-    kept = [t for t in graph.initializer if changed.get(t.name, t) is not None]
-    with source.open("rb") as old, target.open("wb") as new:
-        for tensor in kept:
-            if tensor.data_location != TensorProto.EXTERNAL:
-                continue
-            place = {entry.key: entry for entry in tensor.external_data}
-            start = new.tell()
-            if (values := changed.get(tensor.name)) is not None:
-                for first in range(0, len(values), 4096):
-                    new.write(values[first : first + 4096].astype("<f2").tobytes())
-                tensor.data_type = TensorProto.FLOAT16
-            else:
-                old.seek(int(place["offset"].value))
-                left = int(place["length"].value)
-                while left:
-                    block = old.read(min(left, 1 << 22))
-                    new.write(block)
-                    left -= len(block)
-            place["offset"].value, place["length"].value = str(start), str(new.tell() - start)
-    del graph.initializer[:]
-    graph.initializer.extend(kept)
-    target.replace(source)
-
-
-def _check(model: Any, out: Path, params: Params) -> None:
-    """Raise what is wrong with the structure: data out of range, nodes of no known form, a missing input or output."""
-    import onnx
-
-    read_tensors(out / MODEL)
-    relabelled = onnx.ModelProto()
-    relabelled.CopyFrom(model)
-    for node in relabelled.graph.node:
-        if node.op_type == "SimplifiedLayerNormalization":
-            node.domain = (
-                "com.microsoft"  # ONNX Runtime's own operation, in the domain of ONNX, where no checker knows it
-            )
-    probe = out / "check.onnx"
-    try:
-        probe.write_bytes(relabelled.SerializeToString())
-        onnx.checker.check_model(str(probe))
-    finally:
-        probe.unlink(missing_ok=True)
-    inputs = {value.name for value in model.graph.input}
-    outputs = {value.name for value in model.graph.output}
-    wanted = {"logits"} | ({"hidden_states"} if params.hidden_states else set())
-    if lacking := {"input_ids", "attention_mask"} - inputs or wanted - outputs:
-        raise InputError("the inputs and outputs of a decoder", f"no {min(lacking)}", "choose another recipe")
+    rewrite_data(graph, out / DATA, changed)

@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import field_validator
 
 from edgekit.artifact import Artifact
-from edgekit.grids import NAMES
+from edgekit.errors import InputError
+from edgekit.grids import NAMES, grid_name
 from edgekit.huggingface import calibration_windows, open_checkpoint
 from edgekit.model import ModelShape
 from edgekit.stage import CalibratedParams, Facts, StageContext, stage
@@ -33,16 +34,24 @@ class Params(CalibratedParams):
     @field_validator("types")
     @classmethod
     def _are_grids(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        known = {name.lower(): name for name in NAMES}
-        for name in value:
-            if name.lower() not in known:
-                raise ValueError(f"{name!r} has no grid (one of {', '.join(NAMES)})")
-        return tuple(known[name.lower()] for name in value)
+        try:
+            return tuple(map(grid_name, value))
+        except InputError as error:
+            raise ValueError(f"{error.found} has no grid ({', '.join(NAMES)}, int4-g32, int4-g32-zeros...)") from None
 
 
-@stage(version=1, takes="gguf", gives="sensitivity", also=("checkpoint",), tools=("torch", "transformers", "gguf"))
+@stage(
+    version=1,
+    takes=("gguf", "checkpoint"),
+    gives="sensitivity",
+    also=("checkpoint",),
+    tools=("torch", "transformers", "gguf"),
+)
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
-    """Round every tensor to every type and predict the divergence that each choice adds."""
+    """Round every tensor to every type and predict the divergence that each choice adds.
+
+    Tensors are those of a GGUF file where the recipe has one, else the checkpoint's; names are GGUF's.
+    """
     from edgekit.stages import _sensitivity
 
     tokenizer, network = open_checkpoint(ctx.side["checkpoint"])
@@ -50,7 +59,12 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         tokenizer, lambda: network, params.text, params.windows, params.window_tokens, ctx.progress
     )
     losses = _sensitivity.measure(
-        ctx.side["checkpoint"], network, windows.astype(np.int64), model.model_path, params.types, ctx.progress
+        ctx.side["checkpoint"],
+        network,
+        windows.astype(np.int64),
+        model.model_path if model.manifest.kind == "gguf" else None,
+        params.types,
+        ctx.progress,
     )
     (out / FILE_NAME).write_text(json.dumps(losses, indent=1, sort_keys=True) + "\n")
     return {"tensors": len(losses), "types": list(params.types)}
