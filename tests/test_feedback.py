@@ -15,9 +15,10 @@ from edgekit.build import Built
 from edgekit.errors import InputError
 from edgekit.formats import gguf
 from edgekit.grids import find_grid
-from edgekit.grids.solver import round_matrix
+from edgekit.grids.solver import round_matrix, usual_damping
 from edgekit.huggingface import open_checkpoint
 from edgekit.stages import _feedback, _sensitivity
+from edgekit.stages._moments import with_moments
 from edgekit.stages.evaluate import read_evaluation
 from edgekit.stages.gguf import Params, quantize
 from edgekit.store import Store
@@ -77,14 +78,13 @@ def test_layers_see_what_the_rounded_layers_before_them_give(store: Store, tiny_
     _, network = open_checkpoint(checkpoint)
     tokens = torch.randint(0, tiny.VOCABULARY, (3, 32), generator=torch.Generator().manual_seed(0))
     seen: dict[str, torch.Tensor] = {}
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
     with torch.inference_mode():
-        for layer, run in _feedback.walk_layers(network, tokens, ["model.layers.0", "model.layers.1"]):
-            linear = network.get_submodule(f"{layer}.self_attn.q_proj")
-            with _feedback.watched([linear]) as hessians:
-                run()
-            seen[layer] = hessians[linear]
-            linear.weight.mul_(1.5)
-            run()
+        linears = {name: network.get_submodule(name) for name in names}
+        for group, moments in with_moments(network, tokens, linears, changes=True):
+            for name, linear in group.items():
+                seen[name] = moments.hessian
+                linear.weight.mul_(1.5)
         # the network as it is now, layer 1 as it was when its inputs were looked at
         network.get_submodule("model.layers.1.self_attn.q_proj").weight.div_(1.5)
         inputs: list[torch.Tensor] = []
@@ -94,7 +94,7 @@ def test_layers_see_what_the_rounded_layers_before_them_give(store: Store, tiny_
             network(window[None], use_cache=False)
         hook.remove()
     x = torch.cat(inputs)
-    torch.testing.assert_close(seen["model.layers.1"], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen[names[1]], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
 
 
 def test_predicted_losses_are_those_of_the_logits(store: Store, tiny_hf: Path) -> None:
@@ -113,11 +113,14 @@ def test_predicted_losses_are_those_of_the_logits(store: Store, tiny_hf: Path) -
     predicted, found = [], []
     with torch.inference_mode():
         before = law()
-        with _feedback.watched([place.module for place in places.values()]) as hessians:
-            law()
+        linears = {name: place.module for name, place in places.items()}
+        groups = with_moments(network, tokens, linears, changes=False)
+        read = {module: moments for group, moments in groups for module in group.values()}
         for place in places.values():
             weight = place.module.weight.data.clone()
-            rounded = round_matrix(weight, hessians[place.module], find_grid("Q4_0"), sweeps=0)
+            hessian = read[place.module].hessian
+            damping = usual_damping(len(hessian), tokens.numel())
+            rounded = round_matrix(weight, hessian, find_grid("Q4_0"), damping=damping, sweeps=0)
             place.module.weight.data = rounded.matrix
             found.append(float((before.exp() * (before - law())).sum(-1).mean()))
             place.module.weight.data = weight

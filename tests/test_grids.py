@@ -15,6 +15,7 @@ from edgekit.formats.gguf import GGML_TYPES
 from edgekit.grids import NAMES, Grid, find_grid
 
 torch = pytest.importorskip("torch")
+from edgekit.grids.line import Line, Linear  # noqa: E402
 from edgekit.grids.solver import proxy_loss, round_matrix  # noqa: E402
 
 TYPES = {kind.name.upper(): (number, kind) for number, kind in GGML_TYPES.items()}
@@ -269,7 +270,7 @@ def test_a_diagonal_hessian_costs_a_k_quant_no_more_than_plain_rounding(name: st
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Linear):
     """Multiples of a fixed step."""
 
     name = "uniform"
@@ -284,11 +285,8 @@ class Uniform:
     def refit(self, columns: Any, importance: Any, scales: Any, start: int) -> Any:
         return scales
 
-    def snap(self, columns: Any, scales: Any, start: int) -> Any:
-        return ((columns / scales).round().clamp(-100, 100) + 100).to(torch.uint8)
-
-    def values(self, codes: Any, scales: Any, start: int) -> Any:
-        return (codes.float() - 100) * scales
+    def line(self, scales: Any, start: int, count: int) -> Line:
+        return Line(torch.as_tensor(scales).view(-1, 1), None, -100, 100, 100)
 
     def pack(self, codes: Any, scales: Any) -> Any:
         return codes
@@ -356,7 +354,7 @@ def test_rows_are_rounded_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_was_never_activated_is_rounded_to_the_nearest() -> None:
     grid, weights = find_grid("Q4_0"), gaussian(8, 64)
     values, _ = round_plainly(grid, weights, torch.ones(64))
-    rounded = round_matrix(weights, torch.zeros(64, 64), grid)
+    rounded = round_matrix(weights, torch.zeros(64, 64), grid, sweeps=0)
     assert torch.equal(rounded.matrix, values)
     assert rounded.loss == 0
     hessian = correlated(64)

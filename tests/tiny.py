@@ -41,10 +41,8 @@ VOCABULARY = 384
 SMALL = ("evaluation.windows=4", "evaluation.window_tokens=128", "imatrix.windows=4", "imatrix.window_tokens=128")
 """Settings for short texts."""
 QUICK = tuple(part for setting in SMALL for part in ("--set", setting))
-SMALL_FEEDBACK = (
-    "sensitivity.windows=4", "sensitivity.window_tokens=128", "gguf.windows=4", "gguf.window_tokens=128",
-)  # fmt: skip
-"""For recipes that round with feedback."""
+READERS = ("sensitivity", "gguf", "gptq", "onnx_round")
+"""Stages that read calibration text and round with feedback."""
 ARCHITECTURES = ("llama", "llama-biases", "mistral", "qwen3", "gemma2", "gemma3_text")
 
 
@@ -164,8 +162,8 @@ def plan_of(model: Path, recipe: str = "gguf-q4", *settings: str, target: str = 
     overrides = parse_overrides(settings)
     chosen = find_recipe(recipe, overrides)
     names = {stage.name for stage, _ in chosen.stages} | {"evaluation"}
-    feedback = any(stage.text_fields for name, stage in chosen.stages if name.name == "gguf")
-    quick = SMALL + (SMALL_FEEDBACK if feedback else ())
+    reading = [stage.name for stage, params in chosen.stages if params.text_fields and stage.name in READERS]
+    quick = SMALL + tuple(f"{name}.{field}" for name in reading for field in ("windows=4", "window_tokens=128"))
     quick = tuple(setting for setting in quick if small and setting.partition(".")[0] in names)
     chosen = find_recipe(recipe, {**parse_overrides(quick), **overrides})
     return make_plan(resolve_model(str(model)), chosen, find_target(target))

@@ -15,6 +15,8 @@ from edgekit.errors import InputError, suggest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgekit.grids.line import Line
+
 BITS = (2, 3, 4, 8)
 """Of the integers that GPTQ checkpoints hold."""
 NAMES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -57,6 +59,10 @@ class Grid(Protocol):
 
         `columns` (rows, group) begin at column `start` of the block, a multiple of `group`.
         """
+        ...
+
+    def line(self, scales: Tensor, start: int, count: int) -> Line:
+        """Return what codes of `count` columns from `start` of the block stand for; columns of a group share it."""
         ...
 
     def snap(self, columns: Tensor, scales: Tensor, start: int) -> Tensor:

@@ -5,7 +5,7 @@ Everything works on the last dimension; what comes before it is batch. Scales ke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ _SMALLEST = 2.0**-40
 _LARGEST_HALF = 65504.0
 _REACHES = (0.9, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1, 1.15, 1.2, 1.28, 1.38, 1.5)
 """Candidates of a scale: where the largest weight falls, as a part of the outermost level; beyond 1 it is cut."""
+_NEAR = (1.0, 0.97, 1.03, 0.94, 1.06)
+_SHIFTS = (0.0, -0.4, 0.4)
 _SPANS = (1.03, 1.01, 0.99, 0.97, 0.94, 0.91, 0.87, 0.82, 0.75)
 """Candidates of a scale with a minimum: the part of the weights' range that the codes span."""
 _ANCHORS = (0.0, 0.5, 1.0)
@@ -97,12 +99,24 @@ def fit_scale(x: Tensor, w: Tensor, nearest: Callable[[Tensor], Tensor], low: fl
         high: the greatest level.
     """
     unit = divide(x, x.gather(-1, x.abs().argmax(-1, keepdim=True)))
+    ends = (low, high) if low != -high else (high,)
+    return _best_scale(x, w, nearest, unit, [end * reach for reach in _REACHES for end in ends])
+
+
+def refit_scale(x: Tensor, w: Tensor, nearest: Callable[[Tensor], Tensor], scale: Tensor) -> Tensor:
+    """As `fit_scale`, near a scale that is good already."""
+    return _best_scale(x, w, nearest, divide(x, scale), _NEAR)
+
+
+def _best_scale(
+    x: Tensor, w: Tensor, nearest: Callable[[Tensor], Tensor], unit: Tensor, factors: Sequence[float]
+) -> Tensor:
+    """Of the scales that are best for the levels nearest to `unit` times each factor, the best."""
     best = Best()
-    for reach in _REACHES:
-        for end in (low, high):
-            levels = nearest(unit * (end * reach))
-            s = solve_scale(x, w, levels)
-            best.offer(dot(w, (x - s * levels).square_()), s)
+    for factor in factors:
+        levels = nearest(unit * factor)
+        s = solve_scale(x, w, levels)
+        best.offer(dot(w, (x - s * levels).square_()), s)
     return best.kept[0]
 
 
@@ -122,7 +136,18 @@ def fit_affine(x: Tensor, w: Tensor, top: int, *, signed: bool) -> tuple[Tensor,
     best = Best()
     for span in _SPANS:
         for anchor in _ANCHORS:
-            levels = ((unit - (1 - span) * anchor * top) / span).round_().clamp_(0, top)
+            levels = (unit - (1 - span) * anchor * top).div_(span).round_().clamp_(0, top)
             a, b = solve_affine(x, w, levels, signed=signed)
             best.offer(dot(w, (x - a * levels).sub_(b).square_()), a, b)
+    return best.kept[0], best.kept[1]
+
+
+def refit_affine(x: Tensor, w: Tensor, top: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """As `fit_affine` with `signed`, near a pair that is good already."""
+    unit, best = divide(x - b, a), Best()
+    for factor in _NEAR[:3]:
+        for shift in _SHIFTS:
+            levels = (unit * factor).add_(shift).round_().clamp_(0, top)
+            pair = solve_affine(x, w, levels, signed=True)
+            best.offer(dot(w, (x - pair[0] * levels).sub_(pair[1]).square_()), *pair)
     return best.kept[0], best.kept[1]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from edgekit.grids import Grid
-from edgekit.grids._search import Best, divide, dot, fit_affine, half, normalise, solve_scale
+from edgekit.grids._search import Best, divide, dot, fit_affine, half, normalise, refit_affine, solve_scale
 from edgekit.grids.legacy import Legacy
+from edgekit.grids.line import Line, Linear
 
 _ROUNDS = 2
 
@@ -22,7 +23,7 @@ def integer_grid(bits: int, group: int, symmetric: bool) -> Grid:
 
 
 @dataclass(frozen=True)
-class Zeroed:
+class Zeroed(Linear):
     """A code c stands for scale * (c - zero). Scales: (scale, zero), the zero from 1: GPTQ stores it less 1."""
 
     bits: int
@@ -41,7 +42,16 @@ class Zeroed:
     def fit(self, weights: Tensor, importance: Tensor) -> Tensor:
         """As `Grid.fit`: a real minimum first, then the zeros around it."""
         x, w = weights, normalise(importance, weights)
-        step, least = fit_affine(x, w, self._top, signed=True)
+        return self._settle(x, w, *fit_affine(x, w, self._top, signed=True))
+
+    def refit(self, columns: Tensor, importance: Tensor, scales: Tensor, start: int) -> Tensor:
+        """As `Grid.refit`: the group is the block, so that nothing is shared."""
+        x, w = columns, normalise(importance, columns)
+        scale, zero = scales[:, :1], scales[:, 1:]
+        return self._settle(x, w, *refit_affine(x, w, self._top, scale, -scale * zero))
+
+    def _settle(self, x: Tensor, w: Tensor, step: Tensor, least: Tensor) -> Tensor:
+        """Least squares and nearest levels in turns for each zero; the best of what is stored."""
         near = divide(-least, step).round()
         best = Best()
         for shift in (-1, 0, 1):
@@ -50,23 +60,16 @@ class Zeroed:
             scale = torch.where((near < 1) | (near > self._top), x.abs().amax(-1, keepdim=True) / self._top, step)
             for _ in range(_ROUNDS + 1):
                 scales = torch.cat([half(scale), zero], -1)
-                codes = self.snap(x, scales, 0)
-                best.offer(dot(w, (x - self.values(codes, scales, 0)).square_()), scales)
-                scale = solve_scale(x, w, codes.float() - zero)
+                line = self.line(scales, 0, self.block)
+                levels = line.nearest(x)
+                best.offer(dot(w, (x - line.values(levels)).square_()), scales)
+                scale = solve_scale(x, w, levels)
         return best.kept[0]
 
-    def refit(self, columns: Tensor, importance: Tensor, scales: Tensor, start: int) -> Tensor:
-        """As `Grid.refit`: the group is the block, so that nothing is shared."""
-        return self.fit(columns, importance)
-
-    def snap(self, columns: Tensor, scales: Tensor, start: int) -> Tensor:
-        """As `Grid.snap`."""
-        unit = divide(columns, scales[:, :1]).round_() + scales[:, 1:]
-        return unit.clamp_(0, self._top).to(torch.uint8)
-
-    def values(self, codes: Tensor, scales: Tensor, start: int) -> Tensor:
-        """As `Grid.values`."""
-        return (codes.float() - scales[:, 1:]) * scales[:, :1]
+    def line(self, scales: Tensor, start: int, count: int) -> Line:
+        """As `Grid.line`."""
+        zero = scales[:, 1:]
+        return Line(scales[:, :1], None, -zero, self._top - zero, zero)
 
     @property
     def _top(self) -> int:

@@ -19,6 +19,7 @@ from edgekit.grids._search import (
     solve_affine,
     solve_scale,
 )
+from edgekit.grids.line import Line, Linear
 
 _BLOCK = 256
 _ROUNDS = 2
@@ -27,7 +28,7 @@ _STEPS = (0, -1, 1)
 
 
 @dataclass(frozen=True)
-class Affine:
+class Affine(Linear):
     """In group g a code c stands for (d * s_g) * c - dmin * m_g. Scales: (d, dmin, s_0.., m_0..)."""
 
     name: str
@@ -71,15 +72,11 @@ class Affine:
         scales[:, place], scales[:, place + self.groups] = s[:, 0, 0], m[:, 0, 0]
         return scales
 
-    def snap(self, columns: Tensor, scales: Tensor, start: int) -> Tensor:
-        """As `Grid.snap`."""
-        a, b = self._expand(scales, start, columns.shape[-1])
-        return divide(columns + b, a).round_().clamp_(0, self._top).to(torch.uint8)
-
-    def values(self, codes: Tensor, scales: Tensor, start: int) -> Tensor:
-        """As `Grid.values`."""
-        a, b = self._expand(scales, start, codes.shape[-1])
-        return a * codes.float() - b
+    def line(self, scales: Tensor, start: int, count: int) -> Line:
+        """As `Grid.line`."""
+        groups = _groups(start, count, self.group, scales.device)
+        step, least = scales[:, 2 + groups], scales[:, 2 + self.groups + groups]
+        return Line(scales[:, :1] * step, -(scales[:, 1:2] * least), 0, self._top)
 
     def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
         """As `Grid.pack`."""
@@ -102,10 +99,6 @@ class Affine:
     @property
     def _most(self) -> int:
         return (1 << self.scale_bits) - 1
-
-    def _expand(self, scales: Tensor, start: int, count: int) -> tuple[Tensor, Tensor]:
-        groups = torch.arange(start, start + count, device=scales.device) // self.group
-        return scales[:, :1] * scales[:, 2 + groups], scales[:, 1:2] * scales[:, 2 + self.groups + groups]
 
     def _fit_groups(self, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         a, b = fit_affine(x, w, self._top, signed=False)
@@ -134,7 +127,7 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Signed:
+class Signed(Linear):
     """In group g a code c stands for (d * s_g) * (c - zero), s_g signed. Scales: (d, s_0..)."""
 
     name: str
@@ -175,15 +168,10 @@ class Signed:
         scales[:, 1 + start // self.group] = s[:, 0, 0]
         return scales
 
-    def snap(self, columns: Tensor, scales: Tensor, start: int) -> Tensor:
-        """As `Grid.snap`."""
-        return (self._nearest(divide(columns, self._expand(scales, start, columns.shape[-1]))) + self._zero).to(
-            torch.uint8
-        )
-
-    def values(self, codes: Tensor, scales: Tensor, start: int) -> Tensor:
-        """As `Grid.values`."""
-        return self._expand(scales, start, codes.shape[-1]) * (codes.float() - self._zero)
+    def line(self, scales: Tensor, start: int, count: int) -> Line:
+        """As `Grid.line`."""
+        step = scales[:, :1] * scales[:, 1 + _groups(start, count, self.group, scales.device)]
+        return Line(step, None, -self._zero, self._zero - 1, self._zero)
 
     def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
         """As `Grid.pack`."""
@@ -207,10 +195,6 @@ class Signed:
 
     def _nearest(self, x: Tensor) -> Tensor:
         return x.round().clamp_(-self._zero, self._zero - 1)
-
-    def _expand(self, scales: Tensor, start: int, count: int) -> Tensor:
-        groups = torch.arange(start, start + count, device=scales.device) // self.group
-        return scales[:, :1] * scales[:, 1 + groups]
 
     def _fit_groups(self, x: Tensor, w: Tensor) -> Tensor:
         a = fit_scale(x, w, self._nearest, -self._zero, self._zero - 1)
@@ -240,6 +224,13 @@ GRIDS = {
     )
 }
 """The grids of this file by name."""
+
+
+def _groups(start: int, count: int, group: int, device: torch.device) -> Tensor:
+    """Groups of columns; one where all are of the same, whose step they then share."""
+    if start % group + count <= group:
+        return torch.tensor([start // group], device=device)
+    return torch.arange(start, start + count, device=device) // group
 
 
 def _solve_pair(x: Tensor, w: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from edgekit.grids._search import (
     Best,
-    divide,
     dot,
     fit_affine,
     fit_scale,
     half,
     half_bytes,
     normalise,
+    refit_affine,
+    refit_scale,
     solve_affine,
     solve_scale,
 )
+from edgekit.grids.line import Line, Linear
 
 _ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Legacy:
+class Legacy(Linear):
     """A code c stands for d * level(c), or d * level(c) + m. Scales: (d,) or (d, m), float16."""
 
     name: str
@@ -54,36 +55,38 @@ class Legacy:
         """As `Grid.fit`."""
         x, w = weights, normalise(importance, weights)
         if self.minimum:
-            scales = torch.cat(fit_affine(x, w, self._top, signed=True), -1)
-        else:
-            low, high = (float(self._levels(torch.tensor(code))) for code in (self.lowest, self._top))
-            scales = fit_scale(x, w, lambda unit: self._levels(self._codes(unit)), low, high)
+            return self._settle(x, w, torch.cat(fit_affine(x, w, self._top, signed=True), -1))
+        unit = self._unit(x)
+        return self._settle(x, w, fit_scale(x, w, unit.nearest, float(unit.low), float(unit.high)))
+
+    def refit(self, columns: Tensor, importance: Tensor, scales: Tensor, start: int) -> Tensor:
+        """As `Grid.refit`: the group is the block, so that nothing is shared."""
+        x, w = columns, normalise(importance, columns)
+        if self.minimum:
+            return self._settle(x, w, torch.cat(refit_affine(x, w, self._top, scales[:, :1], scales[:, 1:]), -1))
+        return self._settle(x, w, refit_scale(x, w, self._unit(x).nearest, scales))
+
+    def _settle(self, x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
+        """Least squares and nearest levels in turns; the best of what the file can store."""
         best = Best()
         for _ in range(_ROUNDS):
             scales = half(scales)
-            codes = self.snap(x, scales, 0)
-            best.offer(dot(w, (x - self.values(codes, scales, 0)).square_()), scales)
-            levels = self._levels(codes)
+            line = self.line(scales, 0, self.block)
+            levels = line.nearest(x)
+            best.offer(dot(w, (x - line.values(levels)).square_()), scales)
             if self.minimum:
                 scales = torch.cat(solve_affine(x, w, levels, signed=True), -1)
             else:
                 scales = solve_scale(x, w, levels)
         return best.kept[0]
 
-    def refit(self, columns: Tensor, importance: Tensor, scales: Tensor, start: int) -> Tensor:
-        """As `Grid.refit`: the group is the block, so that nothing is shared."""
-        return self.fit(columns, importance)
+    def _unit(self, like: Tensor) -> Line:
+        return self.line(like.new_ones(1, 1), 0, 1)
 
-    def snap(self, columns: Tensor, scales: Tensor, start: int) -> Tensor:
-        """As `Grid.snap`."""
-        if self.minimum:
-            columns = columns - scales[:, 1:]
-        return self._codes(divide(columns, scales[:, :1]))
-
-    def values(self, codes: Tensor, scales: Tensor, start: int) -> Tensor:
-        """As `Grid.values`."""
-        scaled = self._levels(codes) * scales[:, :1]
-        return scaled + scales[:, 1:] if self.minimum else scaled
+    def line(self, scales: Tensor, start: int, count: int) -> Line:
+        """As `Grid.line`."""
+        low, high = (self.table[0], self.table[-1]) if self.table else (self.lowest - self.zero, self._top - self.zero)
+        return Line(scales[:, :1], scales[:, 1:] if self.minimum else None, low, high, self.zero, self.table)
 
     def pack(self, codes: Tensor, scales: Tensor) -> Tensor:
         """As `Grid.pack`."""
@@ -99,26 +102,6 @@ class Legacy:
     @property
     def _top(self) -> int:
         return (1 << self.bits) - 1
-
-    def _codes(self, unit: Tensor) -> Tensor:
-        if self.table:
-            _, codes = _lookup(self.table, unit.device)
-            halves = (unit * 2).floor_().clamp_(2 * self.table[0], 2 * self.table[-1])
-            return codes.take(halves.sub_(2 * self.table[0]).long())
-        return (unit.round() + self.zero).clamp_(self.lowest, self._top).to(torch.uint8)
-
-    def _levels(self, codes: Tensor) -> Tensor:
-        if self.table:
-            return _lookup(self.table, codes.device)[0].take(codes.long())
-        return codes.float() - self.zero
-
-
-@cache
-def _lookup(table: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the table, and the codes nearest to what lies between two halves: thresholds are halves."""
-    levels = torch.tensor(table, dtype=torch.float32, device=device)
-    halves = torch.arange(2 * table[0], 2 * table[-1] + 1, device=device) / 2
-    return levels, torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2, right=True).to(torch.uint8)
 
 
 GRIDS = {

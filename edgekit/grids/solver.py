@@ -12,6 +12,8 @@ Behdin et al., arXiv:2309.01885).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +24,7 @@ from edgekit.grids import BlockGrid, Grid
 
 _CHUNK = 1 << 24
 """Weights that are worked on at once: rows do not depend on each other."""
+_SMALL = 128
 _LEAST = 1e-6
 """The least activation that damping supposes, as a part of the mean: some columns never see any."""
 
@@ -36,8 +39,19 @@ class Rounded:
     """float32 (blocks, out, k), as `Grid.fit` gives them for each block."""
     matrix: Tensor
     """What they stand for: float32 (out, in)."""
-    loss: float
-    """tr(E H E^T), E the error of the weights: the mean squared error of the outputs, summed over outputs."""
+    losses: Tensor
+    """The diagonal of E H E^T, float32 (out, 1), E the error of the weights: each output's mean squared error."""
+
+    @property
+    def loss(self) -> float:
+        """Their sum."""
+        return float(self.losses.sum(dtype=torch.float64))
+
+    def split(self, sizes: Sequence[int]) -> list[Rounded]:
+        """The matrices that this one is, one after the other along the outputs."""
+        rows = (tensor.split(sizes) for tensor in (self.codes, self.matrix, self.losses))
+        parts = zip(*rows, self.scales.split(sizes, 1), strict=True)
+        return [Rounded(codes, scales, matrix, losses) for codes, matrix, losses, scales in parts]
 
     def pack(self, grid: BlockGrid) -> Tensor:
         """Bytes as the file holds them: uint8 (out, blocks * bytes_per_block)."""
@@ -45,7 +59,7 @@ class Rounded:
         return torch.cat([grid.pack(codes, scales) for codes, scales in zip(blocks, self.scales, strict=True)], 1)
 
 
-def round_matrix(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.03, sweeps: int = 2) -> Rounded:
+def round_matrix(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.1, sweeps: int = 2) -> Rounded:
     """Round `weight` onto `grid` so that its outputs change little.
 
     Args:
@@ -74,7 +88,16 @@ def round_matrix(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float 
         scales.append(torch.stack(work.scales))
         matrix.append(work.matrix[:, back])
     rounded = torch.cat(matrix)
-    return Rounded(torch.cat(codes), torch.cat(scales, 1), rounded, proxy_loss(weight - rounded, hessian))
+    return Rounded(torch.cat(codes), torch.cat(scales, 1), rounded, row_losses(weight - rounded, hessian))
+
+
+def usual_damping(inputs: int, tokens: int) -> float:
+    """Damping that does best on unseen text, for second moments of so many inputs over so many tokens.
+
+    Measured on SmolLM2-135M (576 and 1536 inputs, 512 to 8192 tokens, prose and code): 0.1 at 8192 tokens, 0.25 at
+    2048, 0.5 at 512. An entry of the second moments is off by about the root of what is taken here.
+    """
+    return 0.4 * math.sqrt(inputs / tokens)
 
 
 def round_nearest(weight: Tensor, grid: Grid) -> Rounded:
@@ -86,8 +109,7 @@ def round_nearest(weight: Tensor, grid: Grid) -> Rounded:
         codes.append(grid.snap(block, scales[-1], 0))
         values.append(grid.values(codes[-1], scales[-1], 0))
     matrix = torch.cat(values, 1)
-    loss = float((weight - matrix).square().sum(dtype=torch.float64))
-    return Rounded(torch.cat(codes, 1), torch.stack(scales), matrix, loss)
+    return Rounded(torch.cat(codes, 1), torch.stack(scales), matrix, (weight - matrix).square().sum(1, keepdim=True))
 
 
 def proxy_loss(error: Tensor, hessian: Tensor) -> float:
@@ -111,6 +133,8 @@ class _Work:
         self.matrix = torch.zeros_like(weight)
         self.codes = torch.zeros(weight.shape, dtype=torch.uint8, device=weight.device)
         self.scales = [weight] * (weight.shape[1] // grid.block)
+        self.factors: dict[int, Tensor] = {}
+        """Of each group alone, by the position of its first column."""
 
     def first_pass(self) -> None:
         """Round all columns, each made up for in those after it."""
@@ -137,7 +161,9 @@ class _Work:
         for at in range(0, len(self.places), grid.group):
             here = slice(at, at + grid.group)
             metric, old = self.metric[here, here], self.matrix[:, here]
-            factor = _inverse_factor(metric).to(metric.dtype)
+            if at not in self.factors:
+                self.factors[at] = _inverse_factor(metric).to(metric.dtype)
+            factor = self.factors[at]
             # where the loss is least over all real values of this group
             target = old + gradient[:, here] @ factor.T @ factor
             scales, codes, values, _ = self._round(at, target, factor, refit=True)
@@ -165,15 +191,17 @@ class _Work:
         if refit:
             back = [position - at for position in self._back(at, grid.group)]
             scales = grid.refit(x[:, back], factor.diagonal()[back] ** -2, scales, min(offsets))
-        x, codes = x.clone(), torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-        values, errors = torch.empty_like(x), torch.empty_like(x)
-        for j, offset in enumerate(offsets):
-            column = slice(j, j + 1)
-            codes[:, column] = grid.snap(x[:, column], scales, offset)
-            values[:, column] = grid.values(codes[:, column], scales, offset)
-            errors[:, column] = (x[:, column] - values[:, column]) / factor[j, j]
-            x[:, j + 1 :].addr_(errors[:, j], factor[j, j + 1 :], alpha=-1)
-        return scales, codes, values, errors
+        line = grid.line(scales, min(offsets), 1)
+        # columns are worked on one by one: each lies together
+        x = x.T.contiguous().T
+        levels, values, errors = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+        columns = zip(x.split(1, 1), levels.split(1, 1), values.split(1, 1), errors.split(1, 1), strict=True)
+        scaled = (factor / factor.diagonal()[:, None]).contiguous()
+        for j, (column, level, value, error) in enumerate(columns):
+            line.values(line.nearest(column, level), value)
+            torch.sub(column, value, out=error)
+            x[:, j + 1 :].addr_(error[:, 0], scaled[j, j + 1 :], alpha=-1)
+        return scales, line.codes(levels), values, errors.div_(factor.diagonal())
 
 
 def _order(diagonal: Tensor, grid: Grid) -> Tensor:
@@ -200,8 +228,22 @@ def _inverse_factor(metric: Tensor) -> Tensor:
     lower, failed = torch.linalg.cholesky_ex(metric.double().flip(0, 1))
     if failed:
         raise InputError("a positive definite Hessian", "one that is not", "raise the damping")
-    identity = torch.eye(len(metric), dtype=torch.float64, device=metric.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return _inverse(lower.flip(0, 1))
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """Return the inverse of an upper triangular matrix, by halves: a third of the work of a solver that sees a full
+    right-hand side."""
+    n = len(upper)
+    if n <= _SMALL:
+        identity = torch.eye(n, dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, identity, upper=True)
+    half = n // 2
+    first, last = _inverse(upper[:half, :half]), _inverse(upper[half:, half:])
+    found = torch.zeros_like(upper)
+    found[:half, :half], found[half:, half:] = first, last
+    found[:half, half:] = -(first @ (upper[:half, half:] @ last))
+    return found
 
 
 def _check(weight: Tensor, hessian: Tensor, grid: Grid) -> None:

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from edgekit.artifact import Artifact
 from edgekit.formats import gguf
 from edgekit.grids import NAMES, find_grid
-from edgekit.grids.solver import round_matrix
 from edgekit.model import gguf_names
-from edgekit.stages._hessians import with_hessians
+from edgekit.stages._moments import round_group, with_moments
 
 _STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _HEADS = ("output.weight", "token_embd.weight")
@@ -69,17 +68,15 @@ def round_file(
     tokens = torch.from_numpy(windows.astype(np.int64))
     done: list[str] = []
     linears = {name: place.module for name, place in places.items()}
+    grids = {name: find_grid(quantized[place.tensor].type) for name, place in places.items()}
     with target.open("r+b") as file, torch.inference_mode():
-        for name, module, hessian in with_hessians(network, tokens, linears, changes=True):
-            place = places[name]
-            info = quantized[place.tensor]
-            grid = find_grid(info.type)
-            rounded = round_matrix(module.weight.data, hessian, grid)
-            module.weight.data = rounded.matrix
-            file.seek(info.offset)
-            file.write(rounded.pack(grid)[place.rows].numpy().tobytes())
-            done.append(place.tensor)
-            progress(len(done), len(places))
+        for modules, moments in with_moments(network, tokens, linears, changes=True):
+            for name, rounded in round_group(modules, moments, grids).items():
+                place = places[name]
+                file.seek(quantized[place.tensor].offset)
+                file.write(rounded.pack(grids[name])[place.rows].numpy().tobytes())
+                done.append(place.tensor)
+                progress(len(done), len(places))
     return done
 
 

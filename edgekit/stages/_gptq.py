@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from edgekit.errors import InputError
 from edgekit.grids import integer_grid
 from edgekit.grids.containers import gptq_tensors
-from edgekit.grids.solver import round_matrix
 from edgekit.stage import Progress
-from edgekit.stages._hessians import with_hessians
+from edgekit.stages._moments import Moments, round_group, with_moments
 
 if TYPE_CHECKING:
     from edgekit.stages.gptq import Params
@@ -51,21 +50,31 @@ def round_layers(
     tokens = torch.from_numpy(windows.astype(np.int64))
     packed: dict[str, dict[str, Tensor]] = {}
     with torch.inference_mode():
-        for name, module, hessian in with_hessians(network, tokens, linears, changes=True):
-            module.weight.data, tensors = _round(module.weight.data, hessian, params, group_size)
-            packed[f"{name}.weight"] = {f"{name}.{part}": tensor for part, tensor in tensors.items()}
-            progress(len(packed), len(linears), "matrices")
+        for group, moments in with_moments(network, tokens, linears, changes=True):
+            for name, tensors in _round(group, moments, params, group_size).items():
+                packed[f"{name}.weight"] = {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+                progress(len(packed), len(linears), "matrices")
     return packed
 
 
-def _round(weight: Tensor, hessian: Tensor, params: Params, group_size: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the rounded matrix and its tensors."""
-    columns = weight.shape[1]
+def _round(
+    modules: dict[str, nn.Linear], moments: Moments, params: Params, group_size: int
+) -> dict[str, dict[str, Tensor]]:
+    """Round matrices that read the same inputs and return the tensors of each."""
+    hessian = moments.hessian
+    columns = len(hessian)
     block = columns if group_size == -1 else group_size
     order = torch.arange(columns)
     if params.act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     back = order.argsort()
-    grid = integer_grid(params.bits, block, symmetric=params.sym)
-    rounded = round_matrix(weight[:, order], hessian[order][:, order], grid, damping=params.damping)
-    return rounded.matrix[:, back], gptq_tensors(rounded.codes[:, back], rounded.scales, params.bits, back // block)
+    for module in modules.values():
+        module.weight.data = module.weight.data[:, order]
+    grids = dict.fromkeys(modules, integer_grid(params.bits, block, symmetric=params.sym))
+    found = round_group(modules, Moments(hessian[order][:, order], moments.tokens), grids, params.damping)
+    for module in modules.values():
+        module.weight.data = module.weight.data[:, back]
+    return {
+        name: gptq_tensors(rounded.codes[:, back], rounded.scales, params.bits, back // block)
+        for name, rounded in found.items()
+    }

@@ -18,8 +18,8 @@ from edgekit.artifact import Artifact
 from edgekit.errors import InputError, ToolError
 from edgekit.grids import open_grid
 from edgekit.grids.containers import onnx_tensors
-from edgekit.grids.solver import Rounded, round_matrix, round_nearest
-from edgekit.stages._hessians import with_hessians
+from edgekit.grids.solver import Rounded, round_nearest
+from edgekit.stages._moments import round_group, with_moments
 from edgekit.stages._onnx_graph import DATA, HALF, MODEL, check_graph, read_values, rewrite_data, stored_bytes
 from edgekit.stages._sensitivity import EMBEDDING, tensor_names
 from edgekit.tools import copy_file
@@ -93,25 +93,22 @@ class Graph:
         tokens = torch.from_numpy(windows.astype(np.int64))
         place = {linear: name for name, part in self.parts.items() for linear in part.linears}
         linears: dict[str, nn.Linear] = {linear: self.network.get_submodule(linear) for linear in place}
-        pending: dict[str, dict[str, Rounded]] = {}
         with tempfile.TemporaryDirectory(dir=out) as scratch, torch.inference_mode():
             for name, part in self.parts.items():
                 if not part.linears and types[name] != HALF:
                     table = self.network.get_input_embeddings().weight
-                    rounded = round_nearest(table.data, open_grid(types[name]))
-                    table.data = rounded.matrix
-                    self._set_table(part, types[name], rounded, Path(scratch))
-            walk = with_hessians(self.network, tokens, linears, changes=True)
-            for done, (linear, module, hessian) in enumerate(walk, 1):
-                name = place[linear]
-                part, mine = self.parts[name], pending.setdefault(name, {})
-                mine[linear] = rounded = round_matrix(module.weight.data, hessian, open_grid(types[name]))
-                module.weight.data = rounded.matrix
-                if len(mine) == len(part.linears):
-                    found = [mine[one] for one in part.linears]
+                    nearest = round_nearest(table.data, open_grid(types[name]))
+                    table.data = nearest.matrix
+                    self._set_table(part, types[name], nearest, Path(scratch))
+            done = 0
+            for group, moments in with_moments(self.network, tokens, linears, changes=True):
+                rounded = round_group(group, moments, {linear: open_grid(types[place[linear]]) for linear in group})
+                # what the graph has in one matrix reads one input
+                for name in dict.fromkeys(place[linear] for linear in group):
+                    found = [rounded[linear] for linear in self.parts[name].linears]
                     codes, scales = torch.cat([r.codes for r in found]), torch.cat([r.scales for r in found], 1)
-                    self._set_matrix(part, types[name], codes, scales, Path(scratch))
-                    del pending[name]
+                    self._set_matrix(self.parts[name], types[name], codes, scales, Path(scratch))
+                done += len(group)
                 progress(done, len(linears))
             copy_file(self.path / DATA, out / DATA)
             rewrite_data(self.model.graph, out / DATA, self._changed)

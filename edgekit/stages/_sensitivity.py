@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from edgekit.artifact import Artifact
 from edgekit.grids import Grid, open_grid
-from edgekit.grids.solver import round_matrix, round_nearest, row_losses
+from edgekit.grids.solver import round_matrix, round_nearest, usual_damping
 from edgekit.model import gguf_names
 from edgekit.stages._feedback import find_places
-from edgekit.stages._hessians import with_hessians
+from edgekit.stages._moments import with_moments
 
 EMBEDDING = "token_embd.weight"
 
@@ -53,12 +53,15 @@ def measure(
     slopes, table = squared_slopes(network, modules, embedding, tokens, lambda i, n: progress(i, n, "windows"))
     found: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
-        for name, module, hessian in with_hessians(network, tokens, linears, changes=False):
-            weight, squares = module.weight.data, slopes[module].double()
-            losses = found[named[name]] = {}
+        for group, moments in with_moments(network, tokens, linears, changes=False):
+            hessian, damping = moments.hessian, usual_damping(len(moments.hessian), moments.tokens)
+            weight = torch.cat([module.weight.data for module in group.values()])
+            sizes = [len(module.weight) for module in group.values()]
             for grid in _grids(types, weight.shape[1]):
-                lost = row_losses(weight - round_matrix(weight, hessian, grid, sweeps=0).matrix, hessian)
-                losses[grid.name] = 0.5 * float(squares @ lost[:, 0].double())
+                rounded = round_matrix(weight, hessian, grid, damping=damping, sweeps=0)
+                lost = rounded.losses[:, 0].double()
+                for (name, module), part in zip(group.items(), lost.split(sizes), strict=True):
+                    found.setdefault(named[name], {})[grid.name] = 0.5 * float(slopes[module].double() @ part)
             progress(len(found), len(linears), "matrices")
         weight = embedding.weight.data
         looked_up = found.setdefault(EMBEDDING, {})
@@ -71,11 +74,11 @@ def measure(
 
 def tensor_names(checkpoint: Artifact, network: Any, linears: Iterable[str]) -> dict[str, str]:
     """GGUF's names of linear layers' weights; of a tied head, the embedding's."""
-    keys = {f"{name}.weight": name for name in linears}
-    found = gguf_names(checkpoint.facts["architecture"], checkpoint.facts["layers"], [*keys])
     head, table = network.get_output_embeddings(), network.get_input_embeddings()
-    tied = {name for name in keys.values() if network.get_submodule(name) is head and head.weight is table.weight}
-    return {name: EMBEDDING if name in tied else called for key, name in keys.items() if (called := found[key])}
+    tied = {name for name in linears if network.get_submodule(name) is head and head.weight is table.weight}
+    keys = {f"{name}.weight": name for name in linears if name not in tied}
+    found = gguf_names(checkpoint.facts["architecture"], checkpoint.facts["layers"], [*keys])
+    return dict.fromkeys(tied, EMBEDDING) | {name: called for key, name in keys.items() if (called := found[key])}
 
 
 def squared_slopes(

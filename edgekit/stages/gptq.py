@@ -41,8 +41,9 @@ class Params(CalibratedParams):
     """Round columns in the order of their activations (`desc_act`): a little better, slower on some kernels."""
     sym: bool = True
     """Grids symmetric about zero, which more kernels run; else with a zero point per group."""
-    damping: float = Field(0.03, gt=0, lt=1)
-    """What is added to each second moment of the inputs, as a part of its geometric mean with their average."""
+    damping: float | None = Field(None, gt=0, lt=10)
+    """What is added to each second moment of the inputs, as a part of its geometric mean with their average. Without,
+    0.4 times the root of inputs over calibration tokens."""
 
 
 @stage(
@@ -106,7 +107,6 @@ def _describe(params: Params, group_size: int) -> dict[str, Any]:
         "sym": params.sym,
         "lm_head": False,
         "pack_dtype": "int32",
-        "damp_percent": params.damping,
         "meta": {"quantizer": [f"edgekit:{edgekit.__version__}", *known]},
     }
 

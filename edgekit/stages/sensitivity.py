@@ -41,7 +41,7 @@ class Params(CalibratedParams):
 
 
 @stage(
-    version=1,
+    version=2,
     takes=("gguf", "checkpoint"),
     gives="sensitivity",
     also=("checkpoint",),

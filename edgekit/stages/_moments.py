@@ -1,4 +1,5 @@
-"""What a network's matrices read: the mean of x x^T over their inputs on calibration text, a layer at a time."""
+"""What a network's matrices read: the mean of x x^T over their inputs on calibration text, a layer at a time; and
+rounding those that read the same."""
 
 from __future__ import annotations
 
@@ -6,40 +7,80 @@ import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from edgekit.errors import ToolError
+from edgekit.grids import Grid
+from edgekit.grids.solver import Rounded, round_matrix, usual_damping
 
 _LAYER = re.compile(r"(.+?\.\d+)\.")
 
 
-def with_hessians(
+@dataclass(frozen=True)
+class Moments:
+    """The second moments of the inputs of matrices."""
+
+    hessian: Tensor
+    """(in, in), the mean of x x^T."""
+    tokens: int
+    """Inputs that it is the mean of."""
+
+
+def with_moments(
     network: Any, tokens: Tensor, linears: Mapping[str, nn.Linear], *, changes: bool
-) -> Iterator[tuple[str, nn.Linear, Tensor]]:
-    """Yield every matrix with the mean of x x^T over its inputs, a layer at a time, the head last.
+) -> Iterator[tuple[dict[str, nn.Linear], Moments]]:
+    """Yield matrices that read the same inputs, with the moments of these: a layer at a time, the head last.
 
     Args:
         network: A causal language model of transformers.
         tokens: (windows, tokens) int64.
         linears: Modules of it by their names: any of its layers', and the head.
-        changes: The caller may change a matrix when it has it; the layers after see what it gives then.
+        changes: The caller may change matrices when it has them; the layers after see what they give then.
     """
     head = network.get_output_embeddings()
     inside = {name: module for name, module in linears.items() if module is not head}
     for layer, run in _walk_layers(network, tokens, _sorted_layers(inside)):
-        mine = {name: module for name, module in inside.items() if name.startswith(f"{layer}.")}
-        with _watched([*mine.values()]) as hessians:
+        names = {module: name for name, module in inside.items() if name.startswith(f"{layer}.")}
+        with _watched([*names]) as groups:
             run()
-        for name, module in mine.items():
-            yield name, module, hessians[module]
+        for modules, moments in groups:
+            yield {names[module]: module for module in modules}, moments
         if changes:
             run()
     for name, module in linears.items():
         if module is head:
-            yield name, module, _head_hessian(network, tokens)
+            yield {name: module}, Moments(_head_hessian(network, tokens), tokens.numel())
+
+
+def round_group(
+    modules: Mapping[str, nn.Linear], moments: Moments, grids: Mapping[str, Grid], damping: float | None = None
+) -> dict[str, Rounded]:
+    """Round matrices that read the same inputs, those of one grid at once, and leave them rounded.
+
+    Args:
+        modules: By their names.
+        moments: Of their inputs.
+        grids: By the names of modules.
+        damping: As of `round_matrix`; None for what the number of tokens asks for.
+    """
+    hessian = moments.hessian
+    if damping is None:
+        damping = usual_damping(len(hessian), moments.tokens)
+    by_grid: dict[str, list[str]] = {}
+    for name in modules:
+        by_grid.setdefault(grids[name].name, []).append(name)
+    found: dict[str, Rounded] = {}
+    for names in by_grid.values():
+        weights = [modules[name].weight.data for name in names]
+        rounded = round_matrix(torch.cat(weights), hessian, grids[names[0]], damping=damping)
+        found |= zip(names, rounded.split([len(weight) for weight in weights]), strict=True)
+    for name, rounded in found.items():
+        modules[name].weight.data = rounded.matrix
+    return found
 
 
 def _sorted_layers(names: Iterable[str]) -> list[str]:
@@ -49,27 +90,35 @@ def _sorted_layers(names: Iterable[str]) -> list[str]:
 
 
 @contextmanager
-def _watched(modules: list[nn.Linear]) -> Iterator[dict[nn.Linear, Tensor]]:
-    """Within the block, sum x x^T over the inputs of linear layers; after it, their means by module."""
+def _watched(modules: list[nn.Linear]) -> Iterator[list[tuple[list[nn.Linear], Moments]]]:
+    """Within the block, sum x x^T over the inputs of linear layers; after it, who had the same, and the means."""
     sums: dict[nn.Linear, Tensor] = {}
     counts: dict[nn.Linear, int] = {}
-    last: list[Tensor] = [torch.empty(0)] * 2
+    leaders: dict[nn.Linear, nn.Linear] = {}
+    """Of each module, the first that had its inputs."""
+    last: list[Any] = [None, None]
 
     def watch(module: nn.Linear, inputs: tuple[Any, ...]) -> None:
-        if inputs[0] is not last[0]:  # queries, keys and values have one input
-            x = inputs[0].reshape(-1, inputs[0].shape[-1])
-            last[:] = [inputs[0], x.T @ x]
-        sums[module] = sums[module] + last[1] if module in sums else last[1]
-        counts[module] = counts.get(module, 0) + inputs[0].shape[:-1].numel()
+        # queries, keys and values have one input
+        if inputs[0] is last[0] and leaders.setdefault(module, last[1]) is last[1]:
+            return
+        last[:] = [inputs[0], leaders.setdefault(module, module)]
+        x = inputs[0].reshape(-1, inputs[0].shape[-1])
+        if module not in sums:
+            sums[module], counts[module] = torch.zeros(x.shape[1], x.shape[1], device=x.device), 0
+        sums[module].addmm_(x.T, x)
+        counts[module] += len(x)
 
+    groups: list[tuple[list[nn.Linear], Moments]] = []
     hooks = [module.register_forward_pre_hook(watch) for module in modules]
     try:
-        yield sums
+        yield groups
     finally:
         for hook in hooks:
             hook.remove()
-    for module, count in counts.items():
-        sums[module] = sums[module] / count
+    for leader, total in sums.items():
+        members = [module for module in modules if leaders.get(module) is leader]
+        groups.append((members, Moments(total / counts[leader], counts[leader])))
 
 
 def _walk_layers(network: Any, tokens: Tensor, layers: list[str]) -> Iterator[tuple[str, Callable[[], None]]]:
