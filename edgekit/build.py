@@ -156,6 +156,7 @@ class _Run:
             side=side,
             target=plan.target,
             progress=lambda d, t=None, u="": self.events.progressed(d, t, u),
+            kept=self.store.kept(key),
         )
 
         def produce(work: Path) -> Produced:

@@ -181,9 +181,11 @@ def make_plan(
     steps, result = _resolve_steps(source, recipe, adapters, companion, filled)
     for step in steps:
         _check_texts(step, shape)
+    beside = 0 if companion is None else _companion_bytes(companion, shape, target, steps, context, kv_type)
+    empty = plan_memory(shape, 0, target.memory.usable_bytes.value, context, kv_type, beside)
+    steps = [_fit_budget(step, empty, target) for step in steps]
     tensors, fallbacks = _predict_tensors(shape, target, steps, result)
     weight_bytes = sum(t.nbytes for t in tensors)
-    beside = 0 if companion is None else _companion_bytes(companion, shape, target, steps, context, kv_type)
     memory = plan_memory(shape, weight_bytes, target.memory.usable_bytes.value, context, kv_type, beside)
     plan = Plan(
         source=source,
@@ -205,6 +207,17 @@ def make_plan(
     if companion is None:
         return plan
     return replace(plan, notes=(*plan.notes, *check_verifier(companion, plan.base_digest, recipe.engine, recipe.tasks)))
+
+
+def _fit_budget(step: Step, empty: MemoryPlan, target: Target) -> Step:
+    """The step with bytes where its budget was what fits beside everything else."""
+    if getattr(step.params, "budget_bytes", None) != "fit":
+        return step
+    room = empty.usable_bytes - empty.required_bytes
+    if room <= 0:
+        wanted = f"room for weights in {empty.usable_bytes >> 20} MiB of usable memory on {target.name}"
+        raise DoesNotFit(wanted, f"{empty.required_bytes >> 20} MiB needed beside them", "--context with fewer tokens")
+    return replace(step, params=step.params.model_copy(update={"budget_bytes": room}))
 
 
 def _check_texts(step: Step, shape: ModelShape) -> None:

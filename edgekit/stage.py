@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 import edgekit.stages
 from edgekit.artifact import Artifact
@@ -58,6 +58,28 @@ class CalibratedParams(StageParams):
     window_tokens: PositiveInt = 512
 
 
+class BudgetParams(StageParams):
+    """Base of the parameters of a stage that chooses types for a budget of bytes."""
+
+    budget_bytes: PositiveInt | Literal["fit"] | None = None
+    """Most bytes of the files that the runtime reads: tensors take the types that lose least, as `sensitivity` measured
+    before. `fit`: what the target has room for beside the KV cache, buffers, a companion and the margin."""
+    bits_per_weight: float | None = Field(None, gt=0, le=32)
+    """The same in bits of the files for each weight; `budget_bytes` counts where both are given."""
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether there is one."""
+        return self.budget_bytes is not None or self.bits_per_weight is not None
+
+    def budget(self, weights: int) -> int | None:
+        """Most bytes of files of so many weights, or None. A plan has put a number where `fit` was."""
+        assert self.budget_bytes != "fit"
+        if self.budget_bytes is None and self.bits_per_weight is not None:
+            return int(weights * self.bits_per_weight / 8)
+        return self.budget_bytes
+
+
 class Progress(Protocol):
     """Called by a stage as it goes on; `total` is None where it is not known."""
 
@@ -76,6 +98,8 @@ class StageContext:
     target: Target | None = None
     """Only the fields declared in `target_fields` may be read: only they are part of the key."""
     progress: Progress = lambda done, total=None, unit="": None
+    kept: Path | None = None
+    """A directory for what a further attempt can go on from, should this one be cut off; it need not exist."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +160,16 @@ class Stage:
         known = {name: value for name, value in (("shape", shape), ("target", target)) if name in named}
         result: tuple[Sequence[Tensor], Sequence[str]] = function(tensors, params, side, **known)
         return result
+
+    def outlook(self, model: Artifact, side: Mapping[str, Artifact], params: StageParams) -> Facts | None:
+        """What the stage would choose for its budget, from artifacts that exist already; None where it has none.
+
+        A stage module states this as a function `outlook` of the same arguments, which gives `budget_bytes`,
+        `predicted_divergence_nats`, `types` and `curve`.
+        """
+        function = getattr(sys.modules[self.run.__module__], "outlook", None)
+        found: Facts | None = function(model, side, params) if function else None
+        return found
 
     def refuses(self, params: StageParams, target: Target) -> str | None:
         """Why a target cannot run what this stage makes, or None.

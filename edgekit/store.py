@@ -119,6 +119,10 @@ class Store:
         """Remove a damaged object; the steps that gave it will run again."""
         shutil.rmtree(self._object_path(digest), ignore_errors=True)
 
+    def kept(self, key: str) -> Path:
+        """Where a step may keep what a further attempt can go on from; gone once the step is done."""
+        return self.root / "tmp" / f"{key}.kept"
+
     def execute(
         self, key: str, stage: str, inputs: tuple[str, ...], produce: Callable[[Path], Produced]
     ) -> tuple[Artifact, Record, bool]:
@@ -144,6 +148,7 @@ class Store:
                 artifact = self._commit(artifact)
             finally:
                 shutil.rmtree(work, ignore_errors=True)
+            shutil.rmtree(self.kept(key), ignore_errors=True)
             record = Record(
                 stage=stage,
                 digest=artifact.digest,

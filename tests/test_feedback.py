@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,31 @@ def test_a_second_budget_measures_nothing_again(store: Store, tiny_hf: Path) -> 
     status = {step.stage: step.status for step in again.steps}
     assert status["sensitivity"] == "cached"
     assert status["gguf"] == "executed"
+
+
+def test_a_plan_shows_the_curve_where_losses_are_known(
+    store: Store, tiny_hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEKIT_CACHE", str(store.root))
+    done = built(store, tiny_hf, "gguf.bits_per_weight=6")
+    settings = [f"{name}.{part}" for name in ("sensitivity", "gguf") for part in ("windows=4", "window_tokens=128")]
+    asked = ["plan", tiny_hf, "--target", "jetson", "--recipe", "gguf-best", "--set", "gguf.bits_per_weight=6"]
+    asked += [part for one in (*settings, *tiny.SMALL) for part in ("--set", one)]
+    plan = json.loads(tiny.edgekit(*asked, "--json").stdout)["targets"][0]
+    assert plan["budget"] == {key: done.result.facts[key] for key in plan["budget"]}
+    shown = tiny.edgekit(*asked).stdout
+    assert "the budget" in shown
+    assert "weights (within the budget)" in shown
+    unknown = json.loads(tiny.edgekit(*asked, "--set", "sensitivity.windows=3", "--json").stdout)["targets"][0]
+    assert unknown["budget"] is None
+
+
+def test_a_budget_may_be_what_fits(tiny_hf: Path) -> None:
+    plan = tiny.plan_of(tiny_hf, "gguf-best", "gguf.budget_bytes=fit")
+    (budget,) = (step.params.budget_bytes for step in plan.steps if step.stage.name == "gguf")
+    memory = plan.memory
+    assert budget == memory.usable_bytes - (memory.required_bytes - memory.weight_bytes)
+    assert memory.fits
 
 
 def test_a_budget_below_the_smallest_types_is_refused_when_it_is_planned(tiny_hf: Path) -> None:

@@ -66,12 +66,44 @@ def describe(plan: Plan, store: Store) -> dict[str, Any]:
             "required_bytes": plan.memory.required_bytes,
             "usable_bytes": plan.memory.usable_bytes,
         },
+        "budget": _outlook(plan, store),
         "fits": plan.memory.fits,
         "would_fit": [] if plan.memory.fits else what_fits(plan),
         "measurements": [m.model_dump(mode="json") for m in plan.predictions],
         "fallbacks": list(plan.fallbacks),
         "notes": list(plan.notes),
     }
+
+
+def _outlook(plan: Plan, store: Store) -> dict[str, Any] | None:
+    """What a step would choose for its budget, where everything that it reads is in the store already."""
+    records = cached_records(plan, store)
+    for step in plan.steps:
+        digests = [records[index][1] if index >= 0 else None for index in step.inputs]
+        if not getattr(step.params, "has_budget", False) or None in digests:
+            continue
+        model, *side = (store.open(record.digest) for record in digests if record)
+        return step.stage.outlook(model, dict(zip((kind for kind, _ in step.side), side, strict=True)), step.params)
+    return None
+
+
+_CURVE_ROWS = 8
+
+
+def _show_curve(outlook: dict[str, Any], console: Console) -> None:
+    """A few points of the curve, and the budget among them."""
+    points = [(nbytes, nats, "") for nbytes, nats in outlook["curve"]]
+    budget = outlook["budget_bytes"]
+    chosen = (budget, outlook["predicted_divergence_nats"], "the budget")
+    rows = sorted([*points[:: max(1, len(points) // _CURVE_ROWS)], chosen])
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("a file of MiB", "loses nats (predicted)", ""):
+        table.add_column(title, justify="right" if title else "left")
+    for nbytes, nats, word in rows:
+        table.add_row(f"{nbytes / (1 << 20):,.1f}", f"{nats:.4f}", word)
+    console.print(table)
+    types = ", ".join(f"{count} {kind}" for kind, count in outlook["types"].items())
+    console.print(f"types for the budget: {types}", highlight=False)
 
 
 def show(plan: Plan, store: Store, console: Console) -> None:
@@ -91,11 +123,12 @@ def show(plan: Plan, store: Store, console: Console) -> None:
         text = ", ".join(f"{name}={value}" for name, value in changed.items() if value not in (None, {}, False))
         steps.add_row(step.stage.name, step.checks or "", "yes" if record else "no", text)
     console.print(steps)
+    budgeted = any(getattr(step.params, "has_budget", False) for step in plan.steps)
     memory = Table(box=None, padding=(0, 2, 0, 0))
     memory.add_column("memory on the target (predicted)")
     memory.add_column("MiB", justify="right")
     parts = {
-        "weights (exact from tensor types)": plan.memory.weight_bytes,
+        f"weights ({'within the budget' if budgeted else 'exact from tensor types'})": plan.memory.weight_bytes,
         **({"verifier": plan.memory.companion_bytes} if plan.companion else {}),
         f"KV cache, {plan.kv_type}, {plan.context_tokens} tokens": plan.memory.kv_cache_bytes,
         "compute buffers": plan.memory.compute_buffer_bytes,
@@ -106,6 +139,8 @@ def show(plan: Plan, store: Store, console: Console) -> None:
     for name, size in parts.items():
         memory.add_row(name, f"{size / (1 << 20):,.1f}")
     console.print(memory)
+    if outlook := _outlook(plan, store):
+        _show_curve(outlook, console)
     needed = max(range(len(plan.steps)), key=plan.host_bytes)
     host = f"building needs up to {plan.host_bytes(needed) / (1 << 20):,.0f} MiB here, for {plan.steps[needed].label}"
     console.print(host, highlight=False)

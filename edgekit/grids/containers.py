@@ -55,12 +55,15 @@ def _zeros(scales: Tensor, bits: int) -> Tensor:
 
 def _words(values: Tensor, bits: int, dim: int) -> Tensor:
     """Fill 32-bit words along a dimension; with 3 bits a value may lie in two words."""
-    values = values.to(torch.int64).movedim(dim, -1)
-    places = torch.arange(bits, device=values.device)
-    bit = (values[..., None] >> places & 1).flatten(-2).unflatten(-1, (-1, 32))
-    words = (bit << torch.arange(32, device=values.device)).sum(-1)
-    signed = torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
-    return signed.movedim(-1, dim).contiguous()
+    values = values.to(torch.int32).movedim(dim, -1)
+    if 32 % bits:
+        values = (values[..., None] >> torch.arange(bits, device=values.device) & 1).flatten(-2)
+        bits = 1
+    parts = values.unflatten(-1, (-1, 32 // bits))
+    words = torch.zeros_like(parts[..., 0])
+    for place in range(32 // bits):
+        words |= parts[..., place] << bits * place
+    return words.movedim(-1, dim).contiguous()
 
 
 def _bytes(values: Tensor, bits: int) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class Rounded:
     """What they stand for: float32 (out, in)."""
     losses: Tensor
     """The diagonal of E H E^T, float32 (out, 1), E the error of the weights: each output's mean squared error."""
+    order: Tensor | None = None
+    """int64 (in,): the column of the blocks that each input is, where that is not its own."""
 
     @property
     def loss(self) -> float:
@@ -51,7 +53,7 @@ class Rounded:
         """The matrices that this one is, one after the other along the outputs."""
         rows = (tensor.split(sizes) for tensor in (self.codes, self.matrix, self.losses))
         parts = zip(*rows, self.scales.split(sizes, 1), strict=True)
-        return [Rounded(codes, scales, matrix, losses) for codes, matrix, losses, scales in parts]
+        return [Rounded(codes, scales, matrix, losses, self.order) for codes, matrix, losses, scales in parts]
 
     def pack(self, grid: BlockGrid) -> Tensor:
         """Bytes as the file holds them: uint8 (out, blocks * bytes_per_block)."""
@@ -59,7 +61,9 @@ class Rounded:
         return torch.cat([grid.pack(codes, scales) for codes, scales in zip(blocks, self.scales, strict=True)], 1)
 
 
-def round_matrix(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.1, sweeps: int = 2) -> Rounded:
+def round_matrix(
+    weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.1, sweeps: int = 1, act_order: bool = False
+) -> Rounded:
     """Round `weight` onto `grid` so that its outputs change little.
 
     Args:
@@ -69,11 +73,17 @@ def round_matrix(weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float 
         damping: what is added to each h of the Hessian's diagonal, as a part of sqrt(h * their mean). GPTQ adds the
             same to all, which a few channels with huge activations make too much for the others.
         sweeps: how often every group is solved again after the first pass.
+        act_order: make blocks of inputs with like activations, in falling order; the container has to store it.
 
     Raises:
         InputError: blocks do not divide the inputs, the values are not finite, or the Hessian is not positive definite.
     """
     _check(weight, hessian, grid)
+    if act_order:
+        falling = hessian.diagonal().argsort(descending=True, stable=True)
+        found = round_matrix(weight[:, falling], hessian[falling][:, falling], grid, damping=damping, sweeps=sweeps)
+        place = falling.argsort()
+        return replace(found, codes=found.codes[:, place], matrix=found.matrix[:, place], order=place)
     order = _order(hessian.diagonal(), grid)
     metric = _damp(hessian, damping)[order][:, order]
     factor = _inverse_factor(metric).to(weight.dtype)

@@ -20,7 +20,7 @@ from edgekit.artifact import Artifact
 from edgekit.formats import gguf
 from edgekit.grids import NAMES, find_grid
 from edgekit.model import gguf_names
-from edgekit.stages._moments import round_group, with_moments
+from edgekit.stages._moments import round_network
 
 _STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _HEADS = ("output.weight", "token_embd.weight")
@@ -45,6 +45,7 @@ def round_file(
     source: Path,
     target: Path,
     progress: Callable[[int, int], None],
+    kept: Path | None = None,
 ) -> list[str]:
     """Round every matrix of `target` whose type is a grid anew, from the weights of the network.
 
@@ -55,6 +56,7 @@ def round_file(
         source: The model as GGUF, not quantized.
         target: The same, quantized. Its blocks are written over.
         progress: Called with matrices done and their number.
+        kept: As of `round_network`.
 
     Returns the names of the tensors that were rounded.
     """
@@ -67,11 +69,10 @@ def round_file(
     }
     tokens = torch.from_numpy(windows.astype(np.int64))
     done: list[str] = []
-    linears = {name: place.module for name, place in places.items()}
     grids = {name: find_grid(quantized[place.tensor].type) for name, place in places.items()}
     with target.open("r+b") as file, torch.inference_mode():
-        for modules, moments in with_moments(network, tokens, linears, changes=True):
-            for name, rounded in round_group(modules, moments, grids).items():
+        for group in round_network(network, tokens, grids, kept=kept):
+            for name, rounded in group.items():
                 place = places[name]
                 file.seek(quantized[place.tensor].offset)
                 file.write(rounded.pack(grids[name])[place.rows].numpy().tobytes())

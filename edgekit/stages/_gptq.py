@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from edgekit.errors import InputError
 from edgekit.grids import integer_grid
 from edgekit.grids.containers import gptq_tensors
 from edgekit.stage import Progress
-from edgekit.stages._moments import Moments, round_group, with_moments
+from edgekit.stages._moments import round_network
 
 if TYPE_CHECKING:
     from edgekit.stages.gptq import Params
@@ -27,6 +28,7 @@ def round_layers(
     params: Params,
     group_size: int,
     progress: Progress,
+    kept: Path | None,
 ) -> dict[str, dict[str, Tensor]]:
     """Round matrices and return what stands for each in the checkpoint, by the matrix's name there.
 
@@ -37,44 +39,27 @@ def round_layers(
         params: The stage's.
         group_size: Inputs that share a scale; -1 for all.
         progress: Called with matrices done and their number.
+        kept: As of `round_network`.
 
     Raises InputError for a matrix that no linear layer holds.
     """
     modules = {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    linears = {}
+    grids = {}
     for matrix in matrices:
         name = matrix.removesuffix(".weight")
         if name not in modules:
             raise InputError("linear layers, for gptq", f"{matrix} in another kind of layer", "use a gguf recipe")
-        linears[name] = modules[name]
+        block = modules[name].in_features if group_size == -1 else group_size
+        grids[name] = integer_grid(params.bits, block, symmetric=params.sym)
     tokens = torch.from_numpy(windows.astype(np.int64))
     packed: dict[str, dict[str, Tensor]] = {}
     with torch.inference_mode():
-        for group, moments in with_moments(network, tokens, linears, changes=True):
-            for name, tensors in _round(group, moments, params, group_size).items():
+        for group in round_network(
+            network, tokens, grids, damping=params.damping, act_order=params.act_order, kept=kept
+        ):
+            for name, rounded in group.items():
+                groups = None if rounded.order is None else rounded.order // grids[name].block
+                tensors = gptq_tensors(rounded.codes, rounded.scales, params.bits, groups)
                 packed[f"{name}.weight"] = {f"{name}.{part}": tensor for part, tensor in tensors.items()}
-                progress(len(packed), len(linears), "matrices")
+                progress(len(packed), len(grids), "matrices")
     return packed
-
-
-def _round(
-    modules: dict[str, nn.Linear], moments: Moments, params: Params, group_size: int
-) -> dict[str, dict[str, Tensor]]:
-    """Round matrices that read the same inputs and return the tensors of each."""
-    hessian = moments.hessian
-    columns = len(hessian)
-    block = columns if group_size == -1 else group_size
-    order = torch.arange(columns)
-    if params.act_order:
-        order = hessian.diagonal().argsort(descending=True, stable=True)
-    back = order.argsort()
-    for module in modules.values():
-        module.weight.data = module.weight.data[:, order]
-    grids = dict.fromkeys(modules, integer_grid(params.bits, block, symmetric=params.sym))
-    found = round_group(modules, Moments(hessian[order][:, order], moments.tokens), grids, params.damping)
-    for module in modules.values():
-        module.weight.data = module.weight.data[:, back]
-    return {
-        name: gptq_tensors(rounded.codes[:, back], rounded.scales, params.bits, back // block)
-        for name, rounded in found.items()
-    }

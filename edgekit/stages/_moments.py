@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Moments:
 
 
 def with_moments(
-    network: Any, tokens: Tensor, linears: Mapping[str, nn.Linear], *, changes: bool
+    network: Any, tokens: Tensor, linears: Mapping[str, nn.Linear]
 ) -> Iterator[tuple[dict[str, nn.Linear], Moments]]:
     """Yield matrices that read the same inputs, with the moments of these: a layer at a time, the head last.
 
@@ -39,34 +40,65 @@ def with_moments(
         network: A causal language model of transformers.
         tokens: (windows, tokens) int64.
         linears: Modules of it by their names: any of its layers', and the head.
-        changes: The caller may change matrices when it has them; the layers after see what they give then.
     """
-    head = network.get_output_embeddings()
-    inside = {name: module for name, module in linears.items() if module is not head}
+    inside, head = _parts(network, linears)
     for layer, run in _walk_layers(network, tokens, _sorted_layers(inside)):
-        names = {module: name for name, module in inside.items() if name.startswith(f"{layer}.")}
-        with _watched([*names]) as groups:
-            run()
-        for modules, moments in groups:
-            yield {names[module]: module for module in modules}, moments
-        if changes:
-            run()
-    for name, module in linears.items():
-        if module is head:
-            yield {name: module}, Moments(_head_hessian(network, tokens), tokens.numel())
+        yield from _moments_of({name: m for name, m in inside.items() if name.startswith(f"{layer}.")}, run)
+    for name, module in head.items():
+        yield {name: module}, Moments(_head_hessian(network, tokens), tokens.numel())
 
 
-def round_group(
-    modules: Mapping[str, nn.Linear], moments: Moments, grids: Mapping[str, Grid], damping: float | None = None
-) -> dict[str, Rounded]:
-    """Round matrices that read the same inputs, those of one grid at once, and leave them rounded.
+def round_network(
+    network: Any,
+    tokens: Tensor,
+    grids: Mapping[str, Grid],
+    *,
+    damping: float | None = None,
+    act_order: bool = False,
+    kept: Path | None = None,
+) -> Iterator[dict[str, Rounded]]:
+    """Round matrices and leave them rounded, a layer at a time: the layers after see what it gives then.
 
     Args:
-        modules: By their names.
-        moments: Of their inputs.
-        grids: By the names of modules.
+        network: A causal language model of transformers in float32.
+        tokens: (windows, tokens) int64 of calibration text.
+        grids: By the names of linear layers: any of the network's layers', and the head.
         damping: As of `round_matrix`; None for what the number of tokens asks for.
+        act_order: Blocks are of inputs with like activations, not of neighbours; `Rounded.order` then says which.
+        kept: A directory for what is rounded already: an attempt after one that was cut off goes on behind it.
     """
+    linears = {name: network.get_submodule(name) for name in grids}
+    inside, head = _parts(network, linears)
+    files, layers = _Kept(kept), _sorted_layers(inside)
+    for layer, run in _walk_layers(network, tokens, layers):
+        mine = {name: module for name, module in inside.items() if name.startswith(f"{layer}.")}
+        done = files.load(layer, mine)
+        if done is not None:
+            for name, rounded in done.items():
+                mine[name].weight.data = rounded.matrix
+            yield done
+        else:
+            done = {}
+            for modules, moments in _moments_of(mine, run):
+                found = _round_group(modules, moments, grids, damping, act_order)
+                done |= found
+                yield found
+            files.save(layer, done)
+        if head or layer != layers[-1]:
+            run()
+    for name, module in head.items():
+        moments = Moments(_head_hessian(network, tokens), tokens.numel())
+        yield _round_group({name: module}, moments, grids, damping, act_order)
+
+
+def _round_group(
+    modules: Mapping[str, nn.Linear],
+    moments: Moments,
+    grids: Mapping[str, Grid],
+    damping: float | None,
+    act_order: bool,
+) -> dict[str, Rounded]:
+    """Round matrices that read the same inputs, those of one grid at once, and leave them rounded."""
     hessian = moments.hessian
     if damping is None:
         damping = usual_damping(len(hessian), moments.tokens)
@@ -76,11 +108,84 @@ def round_group(
     found: dict[str, Rounded] = {}
     for names in by_grid.values():
         weights = [modules[name].weight.data for name in names]
-        rounded = round_matrix(torch.cat(weights), hessian, grids[names[0]], damping=damping)
+        rounded = round_matrix(torch.cat(weights), hessian, grids[names[0]], damping=damping, act_order=act_order)
         found |= zip(names, rounded.split([len(weight) for weight in weights]), strict=True)
     for name, rounded in found.items():
         modules[name].weight.data = rounded.matrix
     return found
+
+
+@contextmanager
+def fast_matmul() -> Iterator[None]:
+    """Let oneDNN multiply matrices on a CPU, by bfloat16 where it has units for that: enough to calibrate with.
+
+    PyTorch's own choice is half as fast on AMD's processors.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+class _Kept:
+    """Rounded matrices on disk, a file for each layer that is done; nothing at all without a directory."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+
+    def load(self, layer: str, modules: Mapping[str, nn.Linear]) -> dict[str, Rounded] | None:
+        """What was kept of a layer; None where that is nothing, or not whole."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if self._directory is None or not (file := self._directory / f"{layer}.safetensors").is_file():
+            return None
+        try:
+            stored = load_file(file)
+            parts = {name: {part: stored[f"{name}/{part}"] for part in _PARTS} for name in modules}
+        except (SafetensorError, OSError, KeyError):
+            return None
+        orders = {name: stored.get(f"{name}/order") for name in modules}
+        return {name: Rounded(**parts[name], order=orders[name]) for name in modules}
+
+    def save(self, layer: str, done: Mapping[str, Rounded]) -> None:
+        """Keep a layer, whole or not at all."""
+        from safetensors.torch import save_file
+
+        if self._directory is None:
+            return
+        self._directory.mkdir(parents=True, exist_ok=True)
+        stored = {f"{name}/{part}": getattr(rounded, part) for name, rounded in done.items() for part in _PARTS}
+        stored |= {f"{name}/order": rounded.order for name, rounded in done.items() if rounded.order is not None}
+        file = self._directory / f"{layer}.safetensors"
+        # matrices of one input share their order, which a file may not
+        save_file(
+            {name: tensor.cpu().clone().contiguous() for name, tensor in stored.items()}, file.with_suffix(".part")
+        )
+        file.with_suffix(".part").replace(file)
+
+
+_PARTS = ("codes", "scales", "matrix", "losses")
+
+
+def _parts(network: Any, linears: Mapping[str, nn.Linear]) -> tuple[dict[str, nn.Linear], dict[str, nn.Linear]]:
+    """The modules within layers, and the head."""
+    head = network.get_output_embeddings()
+    inside = {name: module for name, module in linears.items() if module is not head}
+    return inside, {name: module for name, module in linears.items() if module is head}
+
+
+def _moments_of(
+    modules: Mapping[str, nn.Linear], run: Callable[[], None]
+) -> Iterator[tuple[dict[str, nn.Linear], Moments]]:
+    """Run a layer and yield its modules with their moments."""
+    names = {module: name for name, module in modules.items()}
+    with _watched([*names]) as groups:
+        run()
+    for members, moments in groups:
+        yield {names[module]: module for module in members}, moments
 
 
 def _sorted_layers(names: Iterable[str]) -> list[str]:
@@ -170,7 +275,8 @@ def _walk_layers(network: Any, tokens: Tensor, layers: list[str]) -> Iterator[tu
 
 
 def _run_layer(module: nn.Module, others: dict[str, Any], states: list[Tensor], given: list[Tensor]) -> None:
-    outputs = [module(state, **others) for state in states]
+    with fast_matmul():
+        outputs = [module(state, **others) for state in states]
     given[:] = [output if isinstance(output, Tensor) else output[0] for output in outputs]
 
 

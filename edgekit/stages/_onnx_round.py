@@ -19,7 +19,7 @@ from edgekit.errors import InputError, ToolError
 from edgekit.grids import open_grid
 from edgekit.grids.containers import onnx_tensors
 from edgekit.grids.solver import Rounded, round_nearest
-from edgekit.stages._moments import round_group, with_moments
+from edgekit.stages._moments import round_network
 from edgekit.stages._onnx_graph import DATA, HALF, MODEL, check_graph, read_values, rewrite_data, stored_bytes
 from edgekit.stages._sensitivity import EMBEDDING, tensor_names
 from edgekit.tools import copy_file
@@ -81,6 +81,7 @@ class Graph:
         windows: npt.NDArray[np.int32],
         out: Path,
         progress: Callable[[int, int], None],
+        kept: Path | None = None,
     ) -> None:
         """Round every part to its type and write the model to `out`.
 
@@ -88,11 +89,11 @@ class Graph:
             types: By the names of nodes.
             windows: (windows, tokens) of calibration text.
             out: Directory, in which the other files lie already.
-            progress: Called with layers done and their number.
+            progress: Called with matrices done and their number.
+            kept: As of `round_network`.
         """
         tokens = torch.from_numpy(windows.astype(np.int64))
         place = {linear: name for name, part in self.parts.items() for linear in part.linears}
-        linears: dict[str, nn.Linear] = {linear: self.network.get_submodule(linear) for linear in place}
         with tempfile.TemporaryDirectory(dir=out) as scratch, torch.inference_mode():
             for name, part in self.parts.items():
                 if not part.linears and types[name] != HALF:
@@ -100,16 +101,16 @@ class Graph:
                     nearest = round_nearest(table.data, open_grid(types[name]))
                     table.data = nearest.matrix
                     self._set_table(part, types[name], nearest, Path(scratch))
-            done = 0
-            for group, moments in with_moments(self.network, tokens, linears, changes=True):
-                rounded = round_group(group, moments, {linear: open_grid(types[place[linear]]) for linear in group})
+            done, total = 0, len(place)
+            grids = {linear: open_grid(types[name]) for linear, name in place.items()}
+            for group in round_network(self.network, tokens, grids, kept=kept):
                 # what the graph has in one matrix reads one input
                 for name in dict.fromkeys(place[linear] for linear in group):
-                    found = [rounded[linear] for linear in self.parts[name].linears]
+                    found = [group[linear] for linear in self.parts[name].linears]
                     codes, scales = torch.cat([r.codes for r in found]), torch.cat([r.scales for r in found], 1)
                     self._set_matrix(self.parts[name], types[name], codes, scales, Path(scratch))
                 done += len(group)
-                progress(done, len(linears))
+                progress(done, total)
             copy_file(self.path / DATA, out / DATA)
             rewrite_data(self.model.graph, out / DATA, self._changed)
         (out / MODEL).write_bytes(self.model.SerializeToString(deterministic=True))

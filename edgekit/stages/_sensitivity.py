@@ -17,7 +17,7 @@ from edgekit.grids import Grid, open_grid
 from edgekit.grids.solver import round_matrix, round_nearest, usual_damping
 from edgekit.model import gguf_names
 from edgekit.stages._feedback import find_places
-from edgekit.stages._moments import with_moments
+from edgekit.stages._moments import fast_matmul, with_moments
 
 EMBEDDING = "token_embd.weight"
 
@@ -53,7 +53,7 @@ def measure(
     slopes, table = squared_slopes(network, modules, embedding, tokens, lambda i, n: progress(i, n, "windows"))
     found: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
-        for group, moments in with_moments(network, tokens, linears, changes=False):
+        for group, moments in with_moments(network, tokens, linears):
             hessian, damping = moments.hessian, usual_damping(len(moments.hessian), moments.tokens)
             weight = torch.cat([module.weight.data for module in group.values()])
             sizes = [len(module.weight) for module in group.values()]
@@ -119,7 +119,7 @@ def squared_slopes(
     generator = torch.Generator().manual_seed(0)
     hooks = [module.register_forward_hook(watch) for module in modules]
     hooks.append(embedding.register_forward_hook(begin))
-    with _frozen(network):
+    with _frozen(network), fast_matmul():
         try:
             for index, window in enumerate(tokens):
                 looked_up.append(window)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, field_validator
 
 from edgekit.artifact import Artifact
 from edgekit.calibration import Split
@@ -23,7 +23,7 @@ from edgekit.formats import gguf
 from edgekit.grids import NAMES
 from edgekit.grids.budget import Option, assumed_loss, choose, curve, thin
 from edgekit.huggingface import calibration_windows, open_checkpoint
-from edgekit.stage import CalibratedParams, Facts, StageContext, StageParams, Tensor, stage
+from edgekit.stage import BudgetParams, CalibratedParams, Facts, StageContext, StageParams, Tensor, stage
 from edgekit.stages.imatrix import FILE_NAME as IMATRIX_FILE
 from edgekit.stages.imatrix import read_imatrix
 from edgekit.stages.sensitivity import FILE_NAME as SENSITIVITY_FILE
@@ -80,21 +80,11 @@ class QuantizerParams(StageParams):
         return {pattern: _type_name(name) for pattern, name in value.items()}
 
 
-class Params(QuantizerParams, CalibratedParams):
+class Params(QuantizerParams, CalibratedParams, BudgetParams):
     """Parameters of `gguf`; the text is read for feedback only."""
 
     feedback: bool = False
     """Round with error feedback (GPTQ, arXiv:2210.17323) on the types that have a grid; needs the checkpoint."""
-    budget_bytes: PositiveInt | None = None
-    """Most bytes of the file: tensors take the types that lose least, as `sensitivity` measured before."""
-    bits_per_weight: float | None = Field(None, gt=0, le=32)
-    """The same in bits of the file for each weight; `budget_bytes` counts where both are given."""
-
-    def budget(self, weights: int) -> int | None:
-        """Most bytes of a file of so many weights, or None."""
-        if self.budget_bytes is None and self.bits_per_weight is not None:
-            return int(weights * self.bits_per_weight / 8)
-        return self.budget_bytes
 
     @property
     def text_fields(self) -> Mapping[str, Split]:
@@ -104,8 +94,7 @@ class Params(QuantizerParams, CalibratedParams):
     @property
     def unused(self) -> frozenset[str]:
         """The checkpoint is read for feedback, losses for a budget."""
-        has_budget = self.budget_bytes is not None or self.bits_per_weight is not None
-        used = {"checkpoint": self.feedback, "sensitivity": has_budget}
+        used = {"checkpoint": self.feedback, "sensitivity": self.has_budget}
         return frozenset(kind for kind, wanted in used.items() if not wanted)
 
     @property
@@ -163,6 +152,18 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     }
 
 
+def outlook(model: Artifact, side: Mapping[str, Artifact], params: Params) -> Facts | None:
+    """What `run` would choose."""
+    budget = params.budget(gguf.read_header(model.path / FILE_NAME).parameters)
+    if budget is None or "sensitivity" not in side:
+        return None
+    imatrix = read_imatrix(side["imatrix"].path / IMATRIX_FILE) if "imatrix" in side else None
+    losses = read_sensitivity(side["sensitivity"].path / SENSITIVITY_FILE)
+    with tempfile.TemporaryDirectory() as scratch:
+        source, target = model.path / FILE_NAME, Path(scratch) / FILE_NAME
+        return within_budget(source, target, params, imatrix, losses, budget)[1]
+
+
 def _feed_back(ctx: StageContext, params: Params, source: Path, target: Path) -> list[str]:
     from edgekit.stages._feedback import round_file
 
@@ -173,7 +174,7 @@ def _feed_back(ctx: StageContext, params: Params, source: Path, target: Path) ->
         tokenizer, lambda: network, params.text, params.windows, params.window_tokens, ctx.progress
     )
     return round_file(
-        ctx.side["checkpoint"], network, windows, source, target, lambda i, n: ctx.progress(i, n, "matrices")
+        ctx.side["checkpoint"], network, windows, source, target, lambda i, n: ctx.progress(i, n, "matrices"), ctx.kept
     )
 
 

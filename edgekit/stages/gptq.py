@@ -70,7 +70,7 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         tokenizer, lambda: network, params.text, params.windows, params.window_tokens, ctx.progress
     )
     matrices = [name for name, tensor in planned.items() if is_matrix(tensor)]
-    packed = _gptq.round_layers(network, windows, matrices, params, group_size, ctx.progress)
+    packed = _gptq.round_layers(network, windows, matrices, params, group_size, ctx.progress, ctx.kept)
     copy_side_files(model, out)
     config = read_config(model.path)
     dtype = store_weights(

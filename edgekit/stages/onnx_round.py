@@ -10,15 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field, PositiveInt
-
 from edgekit.artifact import Artifact
 from edgekit.errors import InputError, ToolError
 from edgekit.formats.onnx import read_tensors
 from edgekit.grids.budget import Option, assumed_loss, choose, curve, thin
 from edgekit.huggingface import calibration_windows, open_checkpoint
 from edgekit.model import ModelShape
-from edgekit.stage import CalibratedParams, Facts, StageContext, Tensor, stage
+from edgekit.stage import BudgetParams, CalibratedParams, Facts, StageContext, Tensor, stage
 from edgekit.stages._onnx_graph import DATA, HALF, MODEL, stored_bytes
 from edgekit.stages.sensitivity import FILE_NAME as SENSITIVITY_FILE
 from edgekit.stages.sensitivity import read_sensitivity
@@ -31,29 +29,17 @@ TYPES = tuple(f"int{bits}-g{group}{zeros}" for bits in (4, 8) for group in (32, 
 """What MatMulNBits has fast kernels for on a processor, and `sensitivity` is worth asking about."""
 _EMBEDDING = "token_embd.weight"
 _PLANNED = re.compile(r"int(\d)-b(\d+)")
-_ADDED_BYTES = 4096
-"""More than the graph grows by."""
+_ADDED_BYTES = 256
+"""More than the graph grows by for each part: names, and the place of zero points."""
 
 
-class Params(CalibratedParams):
-    """Parameters of `onnx_round`."""
-
-    budget_bytes: PositiveInt | None = None
-    """Most bytes of the graph and its data: matrices take the types that lose least, as `sensitivity` measured before.
-    Without a budget every matrix keeps its type."""
-    bits_per_weight: float | None = Field(None, gt=0, le=32)
-    """The same in bits of the files for each weight; `budget_bytes` counts where both are given."""
-
-    def budget(self, weights: int) -> int | None:
-        """Most bytes of the files of so many weights, or None."""
-        if self.budget_bytes is None and self.bits_per_weight is not None:
-            return int(weights * self.bits_per_weight / 8)
-        return self.budget_bytes
+class Params(CalibratedParams, BudgetParams):
+    """Parameters of `onnx_round`. Without a budget every matrix keeps its type."""
 
     @property
     def unused(self) -> frozenset[str]:
         """Losses are read for a budget."""
-        return frozenset() if self.budget(1) is not None else frozenset({"sensitivity"})
+        return frozenset() if self.has_budget else frozenset({"sensitivity"})
 
 
 @stage(
@@ -89,7 +75,7 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
             raise InputError("measured losses for a budget", "none", "add `- sensitivity:` before `- onnx_round:`")
         losses = read_sensitivity(ctx.side["sensitivity"].path / SENSITIVITY_FILE)
         types, facts = _within_budget(graph, losses, budget)
-    graph.round(types, windows, out, lambda done, total: ctx.progress(done, total, "matrices"))
+    graph.round(types, windows, out, lambda done, total: ctx.progress(done, total, "matrices"), ctx.kept)
     written = sum((out / name).stat().st_size for name in (MODEL, DATA))
     if budget is not None and written > budget:
         raise ToolError(f"files of at most {budget} bytes", f"{written}", "lower the budget a little")
@@ -113,7 +99,8 @@ def _within_budget(
         ]
         for name, part in graph.parts.items()
     }
-    besides = graph.nbytes - sum(part.nbytes(graph.types[name]) for name, part in graph.parts.items()) + _ADDED_BYTES
+    besides = graph.nbytes - sum(part.nbytes(graph.types[name]) for name, part in graph.parts.items())
+    besides += _ADDED_BYTES * len(options)
     found = choose(list(options.values()), budget, besides)
     types = dict(zip(options, found.types, strict=True))
     facts = {

@@ -1,0 +1,98 @@
+"""Walking a network's layers: what they read, rounding them in turn, and going on after a cut."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from edgekit.grids import open_grid
+from edgekit.grids.solver import Rounded
+from edgekit.huggingface import load_model
+from edgekit.stages import _moments
+from edgekit.stages._moments import round_network, with_moments
+
+TOKENS = torch.randint(0, tiny.VOCABULARY, (6, 64), generator=torch.Generator().manual_seed(0))
+
+
+def linears(network: Any) -> dict[str, torch.nn.Linear]:
+    return {name: module for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def rounded(model: Path, kept: Path | None = None, groups: int | None = None, **options: Any) -> dict[str, Rounded]:
+    """Round the network, or only so many groups of matrices before the attempt is cut off."""
+    network, found = load_model(model), {}
+    grids = dict.fromkeys(linears(network), open_grid("int4-g64"))
+    with torch.inference_mode():
+        walk = round_network(network, TOKENS, grids, kept=kept, **options)
+        for number, group in enumerate(walk, 1):
+            found |= group
+            if number == groups:
+                walk.close()
+                break
+    return found
+
+
+def test_matrices_of_one_input_come_together(tiny_hf: Path) -> None:
+    network = load_model(tiny_hf)
+    with torch.inference_mode():
+        groups = [
+            (sorted(n.rpartition(".")[2] for n in g), m) for g, m in with_moments(network, TOKENS, linears(network))
+        ]
+    layer = [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert [names for names, _ in groups] == [*layer, *layer, ["lm_head"]]
+    assert {moments.tokens for _, moments in groups} == {TOKENS.numel()}
+    assert all(torch.linalg.eigvalsh(moments.hessian.double())[0] > -1e-6 for _, moments in groups)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_an_attempt_goes_on_behind_what_was_kept(
+    tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act_order: bool
+) -> None:
+    whole = rounded(tiny_hf, act_order=act_order)
+    kept = tmp_path / "kept"
+    rounded(tiny_hf, kept, groups=6, act_order=act_order)  # all of the first layer, and two of the second
+    assert [path.name for path in kept.iterdir()] == ["model.layers.0.safetensors"]
+    looked: list[str] = []
+    moments_of = _moments._moments_of
+
+    def watched(modules: Any, run: Any) -> Any:
+        looked.extend(modules)
+        return moments_of(modules, run)
+
+    monkeypatch.setattr(_moments, "_moments_of", watched)
+    again = rounded(tiny_hf, kept, act_order=act_order)
+    assert {name.split(".")[2] for name in looked} == {"1"}
+    assert again.keys() == whole.keys()
+    for name, one in whole.items():
+        assert torch.equal(again[name].codes, one.codes)
+        assert torch.equal(again[name].matrix, one.matrix)
+        assert (again[name].order is None) == (not act_order)
+
+
+def test_what_was_kept_badly_is_made_again(tiny_hf: Path, tmp_path: Path) -> None:
+    rounded(tiny_hf, tmp_path, groups=5)
+    file = tmp_path / "model.layers.0.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    whole, again = rounded(tiny_hf), rounded(tiny_hf, tmp_path)
+    assert all(torch.equal(again[name].codes, one.codes) for name, one in whole.items())
+
+
+def test_a_finished_step_keeps_nothing(tiny_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgekit.store import Store
+
+    store, seen = Store(tmp_path / "store"), []
+    save = _moments._Kept.save
+
+    def watched(self: Any, layer: str, done: Any) -> None:
+        save(self, layer, done)
+        seen.extend(path.name for path in store.root.glob("tmp/*.kept/*"))
+
+    monkeypatch.setattr(_moments._Kept, "save", watched)
+    settings = ("gptq.windows=4", "gptq.window_tokens=64")
+    tiny.build_in(store, tiny.plan_of(tiny_hf, "gptq-4bit", *settings, target="generic-x86"))
+    assert seen[-1].startswith("model.layers.")
+    assert list((store.root / "tmp").iterdir()) == []
