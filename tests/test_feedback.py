@@ -18,8 +18,8 @@ from edgekit.formats import gguf
 from edgekit.grids import find_grid
 from edgekit.grids.solver import round_matrix, usual_damping
 from edgekit.huggingface import open_checkpoint
-from edgekit.stages import _feedback, _sensitivity
-from edgekit.stages._moments import with_moments
+from edgekit.stages import _feedback, _moments, _sensitivity
+from edgekit.stages._moments import round_network, with_moments
 from edgekit.stages.evaluate import read_evaluation
 from edgekit.stages.gguf import Params, quantize
 from edgekit.store import Store
@@ -74,18 +74,25 @@ def test_the_file_holds_what_the_network_was_left_with(store: Store, tiny_hf: Pa
     assert reordered == 4
 
 
-def test_layers_see_what_the_rounded_layers_before_them_give(store: Store, tiny_hf: Path) -> None:
+def test_layers_see_what_the_rounded_layers_before_them_give(
+    store: Store, tiny_hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = built(store, tiny_hf, "gguf.type=F16", recipe="gguf-q8").checkpoint
     _, network = open_checkpoint(checkpoint)
     tokens = torch.randint(0, tiny.VOCABULARY, (3, 32), generator=torch.Generator().manual_seed(0))
     seen: dict[str, torch.Tensor] = {}
+
+    def change(modules: Any, moments: Any, *_: Any) -> dict[str, Any]:
+        for name, linear in modules.items():
+            seen[name] = moments.hessian
+            linear.weight.mul_(1.5)
+        return {}
+
+    monkeypatch.setattr(_moments, "_round_group", change)
     names = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
     with torch.inference_mode():
-        linears = {name: network.get_submodule(name) for name in names}
-        for group, moments in with_moments(network, tokens, linears, changes=True):
-            for name, linear in group.items():
-                seen[name] = moments.hessian
-                linear.weight.mul_(1.5)
+        for _ in round_network(network, tokens, dict.fromkeys(names, find_grid("Q8_0"))):
+            pass
         # the network as it is now, layer 1 as it was when its inputs were looked at
         network.get_submodule("model.layers.1.self_attn.q_proj").weight.div_(1.5)
         inputs: list[torch.Tensor] = []
@@ -115,7 +122,7 @@ def test_predicted_losses_are_those_of_the_logits(store: Store, tiny_hf: Path) -
     with torch.inference_mode():
         before = law()
         linears = {name: place.module for name, place in places.items()}
-        groups = with_moments(network, tokens, linears, changes=False)
+        groups = with_moments(network, tokens, linears)
         read = {module: moments for group, moments in groups for module in group.values()}
         for place in places.values():
             weight = place.module.weight.data.clone()

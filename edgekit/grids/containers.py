@@ -57,7 +57,7 @@ def _words(values: Tensor, bits: int, dim: int) -> Tensor:
     """Fill 32-bit words along a dimension; with 3 bits a value may lie in two words."""
     values = values.to(torch.int32).movedim(dim, -1)
     if 32 % bits:
-        values = (values[..., None] >> torch.arange(bits, device=values.device) & 1).flatten(-2)
+        values = (values[..., None] >> torch.arange(bits, device=values.device) & 1).to(torch.int32).flatten(-2)
         bits = 1
     parts = values.unflatten(-1, (-1, 32 // bits))
     words = torch.zeros_like(parts[..., 0])

@@ -160,11 +160,10 @@ class _Kept:
         stored = {f"{name}/{part}": getattr(rounded, part) for name, rounded in done.items() for part in _PARTS}
         stored |= {f"{name}/order": rounded.order for name, rounded in done.items() if rounded.order is not None}
         file = self._directory / f"{layer}.safetensors"
+        part = file.with_suffix(".part")
         # matrices of one input share their order, which a file may not
-        save_file(
-            {name: tensor.cpu().clone().contiguous() for name, tensor in stored.items()}, file.with_suffix(".part")
-        )
-        file.with_suffix(".part").replace(file)
+        save_file({name: tensor.cpu().clone().contiguous() for name, tensor in stored.items()}, part)
+        part.replace(file)
 
 
 _PARTS = ("codes", "scales", "matrix", "losses")
