@@ -13,8 +13,8 @@ import torch
 
 from edgekit.errors import InputError
 from edgekit.grids import BITS, Grid, integer_grid
-from edgekit.grids.containers import gptq_tensors, onnx_tensors
-from edgekit.grids.solver import proxy_loss, round_matrix
+from edgekit.grids.containers import awq_tensors, gptq_tensors, onnx_tensors
+from edgekit.grids.solver import Metric, proxy_loss, round_matrix
 
 SHAPES = list(itertools.product(BITS, (True, False)))
 
@@ -28,7 +28,7 @@ def rounded(bits: int, symmetric: bool, group: int = 32, outputs: int = 64, inpu
     x = random(512, inputs, seed=1) @ random(inputs, inputs, seed=2) * torch.linspace(0.1, 2, inputs)
     hessian = x.T @ x / len(x)
     weights = random(outputs, inputs) * 0.05 + 0.02
-    return grid, weights, round_matrix(weights, hessian, grid)
+    return grid, weights, round_matrix(weights, Metric(hessian, 0.03), grid)
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), SHAPES)
@@ -37,7 +37,7 @@ def test_gptqmodel_dequantizes_what_the_solver_believed(bits: int, symmetric: bo
     linear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
     convert = pytest.importorskip("gptqmodel.utils.model").convert_gptq_v1_to_v2_format_module
     _, _, found = rounded(bits, symmetric)
-    tensors = gptq_tensors(found.codes, found.scales, bits)
+    tensors = gptq_tensors(found, bits)
     outputs, inputs = found.codes.shape
     module = linear.TorchLinear(
         bits=bits, group_size=32, sym=symmetric, desc_act=False, in_features=inputs, out_features=outputs
@@ -52,6 +52,23 @@ def test_gptqmodel_dequantizes_what_the_solver_believed(bits: int, symmetric: bo
     read = module.dequantize_weight().T
     # GPTQModel multiplies in float16
     torch.testing.assert_close(read.float(), found.matrix, rtol=2e-3, atol=1e-6)
+
+
+def test_gptqmodel_reads_awq_as_the_solver_believed() -> None:
+    linear = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch_awq")
+    _, _, found = rounded(4, False)
+    outputs, inputs = found.codes.shape
+    module = linear.AwqTorchLinear(
+        bits=4, group_size=32, sym=False, desc_act=False, in_features=inputs, out_features=outputs, bias=False,
+        register_buffers=True,
+    )  # fmt: skip
+    for name, tensor in awq_tensors(found).items():
+        held = getattr(module, name)
+        assert (held.shape, held.dtype) == (tensor.shape, tensor.dtype)
+        held.copy_(tensor)
+    module.post_init()
+    x = torch.eye(inputs)
+    torch.testing.assert_close(module.eval()(x.half()).float().T, found.matrix, rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [shape for shape in SHAPES if shape[0] != 3])

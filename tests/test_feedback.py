@@ -16,7 +16,7 @@ from edgekit.build import Built
 from edgekit.errors import InputError
 from edgekit.formats import gguf
 from edgekit.grids import find_grid
-from edgekit.grids.solver import round_matrix, usual_damping
+from edgekit.grids.solver import round_matrix
 from edgekit.huggingface import open_checkpoint
 from edgekit.stages import _feedback, _moments, _sensitivity
 from edgekit.stages._moments import round_network, with_moments
@@ -126,9 +126,7 @@ def test_predicted_losses_are_those_of_the_logits(store: Store, tiny_hf: Path) -
         read = {module: moments for group, moments in groups for module in group.values()}
         for place in places.values():
             weight = place.module.weight.data.clone()
-            hessian = read[place.module].hessian
-            damping = usual_damping(len(hessian), tokens.numel())
-            rounded = round_matrix(weight, hessian, find_grid("Q4_0"), damping=damping, sweeps=0)
+            rounded = round_matrix(weight, read[place.module].metric(), find_grid("Q4_0"), sweeps=0)
             place.module.weight.data = rounded.matrix
             found.append(float((before.exp() * (before - law())).sum(-1).mean()))
             place.module.weight.data = weight

@@ -16,7 +16,7 @@ from edgekit.grids import NAMES, Grid, find_grid
 
 torch = pytest.importorskip("torch")
 from edgekit.grids.line import Line, Linear  # noqa: E402
-from edgekit.grids.solver import proxy_loss, round_matrix  # noqa: E402
+from edgekit.grids.solver import Metric, proxy_loss, round_matrix  # noqa: E402
 
 TYPES = {kind.name.upper(): (number, kind) for number, kind in GGML_TYPES.items()}
 GROUPS = {"Q2_K": (16, 4, 4), "Q3_K": (16, 6), "Q4_K": (8, 6, 6), "Q5_K": (8, 6, 6), "Q6_K": (16, 8)}
@@ -230,7 +230,7 @@ def correlated(columns: int, seed: int = 0) -> Any:
 def test_error_feedback_is_better_than_rounding(ggml: Ggml, name: str) -> None:
     grid, columns = find_grid(name), 256
     weights, hessian = gaussian(64, columns), correlated(columns)
-    rounded = round_matrix(weights, hessian, grid)
+    rounded = round_matrix(weights, Metric(hessian, 0.03), grid)
     assert torch.equal(ggml.read(name, rounded.pack(grid)), rounded.matrix)
     assert rounded.pack(grid).shape == (64, columns // grid.block * grid.bytes_per_block)
     assert rounded.loss == pytest.approx(proxy_loss((weights - rounded.matrix).double(), hessian), rel=1e-3)
@@ -244,10 +244,10 @@ def test_error_feedback_is_better_than_rounding(ggml: Ggml, name: str) -> None:
 @pytest.mark.parametrize("name", ["Q4_0", "IQ4_NL", "Q2_K", "Q6_K"])
 def test_sweeps_only_improve_and_results_repeat(name: str) -> None:
     weights, hessian = gaussian(32, 256), correlated(256)
-    losses = [round_matrix(weights, hessian, find_grid(name), damping=0, sweeps=n).loss for n in range(4)]
+    losses = [round_matrix(weights, Metric(hessian, 0), find_grid(name), sweeps=n).loss for n in range(4)]
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(losses))
     assert losses[3] < 0.98 * losses[0]
-    first, second = (round_matrix(weights, hessian, find_grid(name)) for _ in range(2))
+    first, second = (round_matrix(weights, Metric(hessian, 0.03), find_grid(name)) for _ in range(2))
     assert torch.equal(first.codes, second.codes)
 
 
@@ -256,7 +256,7 @@ def test_a_diagonal_hessian_is_plain_rounding(name: str) -> None:
     grid, weights = find_grid(name), heavy_tailed(16, 128)
     hessian = torch.diag(0.1 + torch.rand(128, generator=generator(4)))
     _, packed = round_plainly(grid, weights, hessian.diagonal())
-    rounded = round_matrix(weights, hessian, grid, damping=0, sweeps=0)
+    rounded = round_matrix(weights, Metric(hessian, 0), grid, sweeps=0)
     assert (rounded.pack(grid) == packed).float().mean() > 0.999  # sums in another order
 
 
@@ -265,7 +265,7 @@ def test_a_diagonal_hessian_costs_a_k_quant_no_more_than_plain_rounding(name: st
     grid, weights = find_grid(name), heavy_tailed(16, 512)
     hessian = torch.diag(0.1 + torch.rand(512, generator=generator(4)))
     plain, _ = round_plainly(grid, weights, hessian.diagonal())
-    rounded = round_matrix(weights, hessian, grid, damping=0, sweeps=0)
+    rounded = round_matrix(weights, Metric(hessian, 0), grid, sweeps=0)
     assert rounded.loss <= 1.0001 * proxy_loss(weights - plain, hessian)
 
 
@@ -313,7 +313,7 @@ def test_a_fixed_grid_is_gptq(group: int) -> None:
     diagonal = hessian.double().diagonal()
     damped = hessian.double() + damping * (diagonal * diagonal.mean()).sqrt().diag()
     expected = gptq(weights.double().numpy(), damped.numpy(), float(torch.tensor(grid.step)))
-    rounded = round_matrix(weights, hessian, grid, damping=damping, sweeps=0)
+    rounded = round_matrix(weights, Metric(hessian, damping), grid, sweeps=0)
     assert np.abs(rounded.matrix.numpy() - expected).max() < 1e-6
     assert (
         rounded.matrix - grid.values(grid.snap(weights, torch.tensor(grid.step), 0), grid.step, 0)
@@ -324,8 +324,8 @@ def test_columns_in_another_order_are_rounded_alike() -> None:
     grid, weights, hessian = Uniform(), gaussian(40, 64), correlated(64)
     order = torch.randperm(8, generator=generator(7))[:, None] * 8 + torch.randperm(8, generator=generator(8))
     order = order.flatten()
-    rounded = round_matrix(weights, hessian, grid)
-    moved = round_matrix(weights[:, order], hessian[order][:, order], grid)
+    rounded = round_matrix(weights, Metric(hessian, 0.03), grid)
+    moved = round_matrix(weights[:, order], Metric(hessian[order][:, order], 0.03), grid)
     assert (moved.matrix - rounded.matrix[:, order]).abs().max() < 1e-6
 
 
@@ -336,7 +336,7 @@ def test_the_best_rounding_of_a_few_weights_is_approached() -> None:
     nearest = grid.values(grid.snap(weights, torch.tensor(grid.step), 0), grid.step, 0)
     errors = (weights - nearest)[:, None] - ways
     best = float(((errors @ hessian) * errors).sum(2).amin(1).sum())
-    loss = round_matrix(weights, hessian, grid, damping=1e-6).loss
+    loss = round_matrix(weights, Metric(hessian, 1e-6), grid).loss
     plain = proxy_loss(weights - nearest, hessian)
     print(f"loss {loss:.3g}, best of 3^8 {best:.3g}, nearest {plain:.3g}")
     assert best * (1 - 1e-4) <= loss < 0.5 * plain
@@ -344,9 +344,9 @@ def test_the_best_rounding_of_a_few_weights_is_approached() -> None:
 
 def test_rows_are_rounded_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, hessian = gaussian(40, 256), correlated(256)
-    whole = round_matrix(weights, hessian, find_grid("Q4_K"))
+    whole = round_matrix(weights, Metric(hessian, 0.03), find_grid("Q4_K"))
     monkeypatch.setattr("edgekit.grids.solver._CHUNK", 7 * 256 + 1)
-    parts = round_matrix(weights, hessian, find_grid("Q4_K"))
+    parts = round_matrix(weights, Metric(hessian, 0.03), find_grid("Q4_K"))
     assert (whole.codes == parts.codes).float().mean() > 0.9  # a sum rounded otherwise may turn a code
     assert parts.loss == pytest.approx(whole.loss, rel=0.02)
 
@@ -354,25 +354,25 @@ def test_rows_are_rounded_alike_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_was_never_activated_is_rounded_to_the_nearest() -> None:
     grid, weights = find_grid("Q4_0"), gaussian(8, 64)
     values, _ = round_plainly(grid, weights, torch.ones(64))
-    rounded = round_matrix(weights, torch.zeros(64, 64), grid, sweeps=0)
+    rounded = round_matrix(weights, Metric(torch.zeros(64, 64), 0.03), grid, sweeps=0)
     assert torch.equal(rounded.matrix, values)
     assert rounded.loss == 0
     hessian = correlated(64)
     hessian[40], hessian[:, 40] = 0, 0
-    assert round_matrix(weights, hessian, grid).matrix.isfinite().all()
+    assert round_matrix(weights, Metric(hessian, 0.03), grid).matrix.isfinite().all()
 
 
 def test_bad_matrices_are_refused() -> None:
     weights, hessian = gaussian(8, 288), correlated(288)
     with pytest.raises(InputError, match="multiple of 256"):
-        round_matrix(weights, hessian, find_grid("Q4_K"))
+        round_matrix(weights, Metric(hessian, 0.03), find_grid("Q4_K"))
     grid = find_grid("Q4_0")
     with pytest.raises(InputError, match="positive definite"):
-        round_matrix(weights, -hessian, grid)
+        round_matrix(weights, Metric(-hessian, 0.03), grid)
     with pytest.raises(InputError, match="finite activations"):
-        round_matrix(weights, hessian * math.inf, grid)
+        round_matrix(weights, Metric(hessian * math.inf, 0.03), grid)
     weights[3, 5] = math.nan
     with pytest.raises(InputError, match="finite weights"):
-        round_matrix(weights, hessian, grid)
+        round_matrix(weights, Metric(hessian, 0.03), grid)
     with pytest.raises(ValueError, match="288 columns"):
-        round_matrix(weights, hessian[:64, :64], grid)
+        round_matrix(weights, Metric(hessian[:64, :64], 0.03), grid)

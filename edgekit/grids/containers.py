@@ -1,39 +1,62 @@
-"""Codes and scales as the tensors of a GPTQ checkpoint and of ONNX's MatMulNBits."""
+"""Codes and scales as the tensors of GPTQ and AWQ checkpoints and of ONNX's MatMulNBits."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from edgekit.grids.solver import Rounded
 
-def gptq_tensors(codes: Tensor, scales: Tensor, bits: int, groups: Tensor | None = None) -> dict[str, Tensor]:
+
+def gptq_tensors(rounded: Rounded, bits: int) -> dict[str, Tensor]:
     """The tensors of a linear layer in GPTQ's first format (AutoGPTQ), which transformers and vLLM load.
 
     Args:
-        codes: uint8 (out, in).
-        scales: float32 (groups, out, k): the scale, and the zero where k is 2.
+        rounded: On a grid of integers.
         bits: of a code: 2, 3, 4 or 8.
-        groups: (in,) of each input; None where they follow each other.
 
     Returns `qweight` int32 (in * bits / 32, out), `qzeros` int32 (groups, out * bits / 32), `scales` float16 (groups,
     out) and `g_idx` int32 (in): bits fill words from the lowest, along the inputs and the outputs. The format stores
     zeros less 1.
     """
+    codes, scales = rounded.codes, rounded.scales
     inputs = codes.shape[1]
-    if groups is None:
-        groups = torch.arange(inputs, device=codes.device) // (inputs // len(scales))
+    place = torch.arange(inputs, device=codes.device) if rounded.order is None else rounded.order
     return {
         "qweight": _words(codes.T, bits, 0),
         "qzeros": _words(_zeros(scales, bits) - 1 & (1 << bits) - 1, bits, 1),
         "scales": scales[:, :, 0].half().contiguous(),
-        "g_idx": groups.to(torch.int32),
+        "g_idx": (place // (inputs // len(scales))).to(torch.int32),
     }
+
+
+def awq_tensors(rounded: Rounded) -> dict[str, Tensor]:
+    """The tensors of a linear layer in AWQ's format `gemm` (AutoAWQ), which transformers and vLLM load: 4 bits.
+
+    Returns `qweight` int32 (in, out / 8), `qzeros` int32 (groups, out / 8) and `scales` float16 (groups, out): of eight
+    outputs, those with even numbers come first.
+    """
+    scales = rounded.scales
+    return {
+        "qweight": _words(_even_first(rounded.codes.T), 4, 1),
+        "qzeros": _words(_even_first(_zeros(scales, 4)), 4, 1),
+        "scales": scales[:, :, 0].half().contiguous(),
+    }
+
+
+def _even_first(values: Tensor) -> Tensor:
+    return values.unflatten(-1, (-1, 4, 2)).mT.flatten(-3)
 
 
 def onnx_tensors(codes: Tensor, scales: Tensor, bits: int) -> dict[str, Tensor]:
     """The inputs of com.microsoft.MatMulNBits (onnxruntime, docs/ContribOperators.md) for 2, 4 or 8 bits.
 
-    Arguments are those of `gptq_tensors`. Returns `B` uint8 (out, blocks, block * bits / 8), `scales` float32 (out *
+    Args:
+        codes: uint8 (out, in).
+        scales: float32 (groups, out, k): the scale, and the zero where k is 2.
+        bits: of a code.
+
+    Returns `B` uint8 (out, blocks, block * bits / 8), `scales` float32 (out *
     blocks) and, where there are zeros, `zero_points` uint8 (out * ceil(blocks * bits / 8)). The first code of a byte
     is in its lowest bits.
     """

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -61,36 +61,54 @@ class Rounded:
         return torch.cat([grid.pack(codes, scales) for codes, scales in zip(blocks, self.scales, strict=True)], 1)
 
 
-def round_matrix(
-    weight: Tensor, hessian: Tensor, grid: Grid, *, damping: float = 0.1, sweeps: int = 1, act_order: bool = False
-) -> Rounded:
+@dataclass(frozen=True)
+class Metric:
+    """A Hessian and its damping, to round several matrices in: what depends on neither weights nor scales is kept."""
+
+    hessian: Tensor
+    """(in, in), the mean of x x^T over calibration tokens."""
+    damping: float
+    """What is added to each h of the diagonal, as a part of sqrt(h * their mean).
+
+    GPTQ adds the same to all, which a few channels with huge activations make too much for the others."""
+    _known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+
+    def ordered(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """The order of work for such blocks, and in it the damped Hessian and the factor of its inverse, float32."""
+        shape = (grid.block, grid.group)
+        if shape not in self._known:
+            order = _order(self.hessian.diagonal(), grid)
+            damped = _damp(self.hessian, self.damping)[order][:, order]
+            self._known[shape] = order, damped.float(), _inverse_factor(damped).float()
+        return self._known[shape]
+
+
+def round_matrix(weight: Tensor, metric: Metric, grid: Grid, *, sweeps: int = 1, act_order: bool = False) -> Rounded:
     """Round `weight` onto `grid` so that its outputs change little.
 
     Args:
         weight: (out, in) float32.
-        hessian: (in, in), the mean of x x^T over calibration tokens, on the same device.
+        metric: of its inputs, on the same device.
         grid: the format; its blocks run along the inputs.
-        damping: what is added to each h of the Hessian's diagonal, as a part of sqrt(h * their mean). GPTQ adds the
-            same to all, which a few channels with huge activations make too much for the others.
         sweeps: how often every group is solved again after the first pass.
         act_order: make blocks of inputs with like activations, in falling order; the container has to store it.
 
     Raises:
         InputError: blocks do not divide the inputs, the values are not finite, or the Hessian is not positive definite.
     """
+    hessian = metric.hessian
     _check(weight, hessian, grid)
     if act_order:
         falling = hessian.diagonal().argsort(descending=True, stable=True)
-        found = round_matrix(weight[:, falling], hessian[falling][:, falling], grid, damping=damping, sweeps=sweeps)
+        moved = Metric(hessian[falling][:, falling], metric.damping)
+        found = round_matrix(weight[:, falling], moved, grid, sweeps=sweeps)
         place = falling.argsort()
         return replace(found, codes=found.codes[:, place], matrix=found.matrix[:, place], order=place)
-    order = _order(hessian.diagonal(), grid)
-    metric = _damp(hessian, damping)[order][:, order]
-    factor = _inverse_factor(metric).to(weight.dtype)
-    metric, back = metric.to(weight.dtype), order.argsort()
+    order, damped, factor = metric.ordered(grid)
+    back = order.argsort()
     codes, scales, matrix = [], [], []
     for rows in weight.split(max(1, _CHUNK // len(order))):
-        work = _Work(rows[:, order], metric, factor, grid, order.tolist())
+        work = _Work(rows[:, order], damped, factor, grid, order.tolist())
         work.first_pass()
         for _ in range(sweeps):
             work.sweep()

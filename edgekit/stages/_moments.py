@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edgekit.errors import ToolError
 from edgekit.grids import Grid
-from edgekit.grids.solver import Rounded, round_matrix, usual_damping
+from edgekit.grids.solver import Metric, Rounded, round_matrix, usual_damping
 
 _LAYER = re.compile(r"(.+?\.\d+)\.")
 
@@ -30,10 +30,18 @@ class Moments:
     tokens: int
     """Inputs that it is the mean of."""
 
+    def metric(self, damping: float | None = None) -> Metric:
+        """To round in; without a damping, with that which so many tokens ask for."""
+        return Metric(self.hessian, usual_damping(len(self.hessian), self.tokens) if damping is None else damping)
 
-def with_moments(
-    network: Any, tokens: Tensor, linears: Mapping[str, nn.Linear]
-) -> Iterator[tuple[dict[str, nn.Linear], Moments]]:
+
+Group = tuple[dict[str, nn.Linear], Moments]
+"""Matrices that read the same inputs, by their names, and the moments of these."""
+Prepare = Callable[[str, Sequence[Group]], Sequence[Group]]
+"""Changes a layer, named, without changing what it gives, and returns its groups as they are then."""
+
+
+def with_moments(network: Any, tokens: Tensor, linears: Mapping[str, nn.Linear]) -> Iterator[Group]:
     """Yield matrices that read the same inputs, with the moments of these: a layer at a time, the head last.
 
     Args:
@@ -55,6 +63,7 @@ def round_network(
     *,
     damping: float | None = None,
     act_order: bool = False,
+    prepare: Prepare | None = None,
     kept: Path | None = None,
 ) -> Iterator[dict[str, Rounded]]:
     """Round matrices and leave them rounded, a layer at a time: the layers after see what it gives then.
@@ -63,8 +72,9 @@ def round_network(
         network: A causal language model of transformers in float32.
         tokens: (windows, tokens) int64 of calibration text.
         grids: By the names of linear layers: any of the network's layers', and the head.
-        damping: As of `round_matrix`; None for what the number of tokens asks for.
+        damping: As of `Metric`; None for what the number of tokens asks for.
         act_order: Blocks are of inputs with like activations, not of neighbours; `Rounded.order` then says which.
+        prepare: What is done to a layer before it is rounded.
         kept: A directory for what is rounded already: an attempt after one that was cut off goes on behind it.
     """
     linears = {name: network.get_submodule(name) for name in grids}
@@ -79,7 +89,8 @@ def round_network(
             yield done
         else:
             done = {}
-            for modules, moments in _moments_of(mine, run):
+            groups = list(_moments_of(mine, run))
+            for modules, moments in prepare(layer, groups) if prepare else groups:
                 found = _round_group(modules, moments, grids, damping, act_order)
                 done |= found
                 yield found
@@ -99,16 +110,14 @@ def _round_group(
     act_order: bool,
 ) -> dict[str, Rounded]:
     """Round matrices that read the same inputs, those of one grid at once, and leave them rounded."""
-    hessian = moments.hessian
-    if damping is None:
-        damping = usual_damping(len(hessian), moments.tokens)
+    metric = moments.metric(damping)
     by_grid: dict[str, list[str]] = {}
     for name in modules:
         by_grid.setdefault(grids[name].name, []).append(name)
     found: dict[str, Rounded] = {}
     for names in by_grid.values():
         weights = [modules[name].weight.data for name in names]
-        rounded = round_matrix(torch.cat(weights), hessian, grids[names[0]], damping=damping, act_order=act_order)
+        rounded = round_matrix(torch.cat(weights), metric, grids[names[0]], act_order=act_order)
         found |= zip(names, rounded.split([len(weight) for weight in weights]), strict=True)
     for name, rounded in found.items():
         modules[name].weight.data = rounded.matrix
@@ -176,9 +185,7 @@ def _parts(network: Any, linears: Mapping[str, nn.Linear]) -> tuple[dict[str, nn
     return inside, {name: module for name, module in linears.items() if module is head}
 
 
-def _moments_of(
-    modules: Mapping[str, nn.Linear], run: Callable[[], None]
-) -> Iterator[tuple[dict[str, nn.Linear], Moments]]:
+def _moments_of(modules: Mapping[str, nn.Linear], run: Callable[[], None]) -> Iterator[Group]:
     """Run a layer and yield its modules with their moments."""
     names = {module: name for name, module in modules.items()}
     with _watched([*names]) as groups:

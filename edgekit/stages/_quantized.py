@@ -13,8 +13,8 @@ from typing import Any, Literal
 from edgekit.artifact import Artifact
 from edgekit.errors import InputError, ToolError
 from edgekit.formats.safetensors import read_checkpoint
-from edgekit.model import elements, gguf_names
-from edgekit.stage import Tensor
+from edgekit.model import ModelShape, elements, gguf_names
+from edgekit.stage import CalibratedParams, Tensor
 from edgekit.tools import copy_file
 
 _MATRIX = re.compile(r"blk\.\d+\..+\.weight")
@@ -177,3 +177,11 @@ def packed_bytes(values: int, bits: int) -> int:
 def type_name(method: str, bits: int, group_size: int) -> str:
     """Name of the storage type of a matrix, e.g. `gptq-int4-g64`; without a group where each output is one."""
     return f"{method}-int{bits}" + (f"-g{group_size}" if group_size != -1 else "")
+
+
+def rounding_host_bytes(shape: ModelShape, params: CalibratedParams) -> int:
+    """Peak memory of the build host in bytes: the model in float32 and, in the same, the activations between two
+    layers and the second moments of one with their factors."""
+    widest = max((tensor.shape[0] for tensor in shape.tensors if is_matrix(tensor)), default=0)
+    activations = 2 * params.windows * params.window_tokens * shape.hidden
+    return (1 << 30) + 4 * (shape.parameters + activations + 8 * widest**2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from edgekit.artifact import Artifact
 from edgekit.grids import Grid, open_grid
-from edgekit.grids.solver import round_matrix, round_nearest, usual_damping
+from edgekit.grids.solver import round_matrix, round_nearest
 from edgekit.model import gguf_names
 from edgekit.stages._feedback import find_places
 from edgekit.stages._moments import fast_matmul, with_moments
@@ -54,12 +54,11 @@ def measure(
     found: dict[str, dict[str, float]] = {}
     with torch.inference_mode():
         for group, moments in with_moments(network, tokens, linears):
-            hessian, damping = moments.hessian, usual_damping(len(moments.hessian), moments.tokens)
+            metric = moments.metric()
             weight = torch.cat([module.weight.data for module in group.values()])
             sizes = [len(module.weight) for module in group.values()]
             for grid in _grids(types, weight.shape[1]):
-                rounded = round_matrix(weight, hessian, grid, damping=damping, sweeps=0)
-                lost = rounded.losses[:, 0].double()
+                lost = round_matrix(weight, metric, grid, sweeps=0).losses[:, 0].double()
                 for (name, module), part in zip(group.items(), lost.split(sizes), strict=True):
                     found.setdefault(named[name], {})[grid.name] = 0.5 * float(slopes[module].double() @ part)
             progress(len(found), len(linears), "matrices")

@@ -1,4 +1,4 @@
-"""AWQ: matrices rounded after scaling up the inputs that matter, with the inverse folded into what comes before."""
+"""AWQ checkpoints: matrices rounded with the inputs that matter scaled up, and the inverse in what comes before."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import edgekit
 from edgekit.artifact import Artifact
-from edgekit.model import ModelShape
+from edgekit.grids import integer_grid
+from edgekit.model import ModelShape, read_config
 from edgekit.stage import CalibratedParams, Facts, StageContext, Tensor, stage
-from edgekit.stages._gptqmodel import calibrated_host_bytes, quantize
-from edgekit.stages._quantized import find_group_size, packed_bytes, planned_tensors, predict_tensors, type_name
+from edgekit.stages._quantized import (
+    find_group_size,
+    packed_bytes,
+    planned_tensors,
+    predict_tensors,
+    rounding_host_bytes,
+    stored_dtype,
+    type_name,
+)
 
 _BITS = 4  # what the kernels of the format (`gemm`) run
 _GROUP_SIZES = (128, 64, 32, 16)
-_COLUMNS = 64  # the search for clipping bounds takes so many outputs at a time
+_COLUMNS = 8  # a word holds so many outputs
 
 
 class Params(CalibratedParams):
@@ -25,16 +34,49 @@ class Params(CalibratedParams):
 
 
 @stage(
-    version=1,
+    version=2,
     takes="checkpoint",
     gives="checkpoint[awq]",
-    tools=("gptqmodel", "torch", "transformers", "safetensors"),
+    tools=("torch", "transformers", "safetensors"),
 )
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
-    """Quantize the matrices of all layers to 4 bits with AWQ (Lin et al., arXiv:2306.00978)."""
+    """Round the matrices of all layers to 4 bits after AWQ's scaling (Lin et al., arXiv:2306.00978).
+
+    Scales of inputs are searched as AWQ does and folded into the norm or matrix before them, where there is one that
+    nothing else reads. Rounding is then `edgekit.grids.solver`'s, not to the nearest.
+    """
+    from edgekit.grids.containers import awq_tensors
+    from edgekit.stages._awq import Folding
+    from edgekit.stages._integers import quantize_checkpoint
+
     group_size = _group_size([*planned_tensors(model).values()], params)
-    settings = {"bits": _BITS, "sym": False}
-    return quantize(model, out, params, ctx, group_size=group_size, settings=settings)
+    quantization = {
+        "quant_method": "awq",
+        "version": "gemm",
+        "checkpoint_format": "gemm",
+        "bits": _BITS,
+        "group_size": group_size,
+        "zero_point": True,
+        "lm_head": False,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"edgekit:{edgekit.__version__}"]},
+    }
+    dtype = stored_dtype(read_config(model.path)) or "float16"
+
+    def prepare(network: object) -> tuple[Folding, dict[str, object]]:
+        folding = Folding(network, group_size, dtype)
+        return folding, folding.changed
+
+    return quantize_checkpoint(
+        model,
+        out,
+        params,
+        ctx,
+        quantization,
+        grid_of=lambda inputs: integer_grid(_BITS, group_size, symmetric=False),
+        pack=awq_tensors,
+        prepare=prepare,
+    )
 
 
 def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> tuple[Sequence[Tensor], Sequence[str]]:
@@ -50,8 +92,7 @@ def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> 
 
 def host_bytes(shape: ModelShape, params: Params) -> int:
     """Peak memory of the build host in bytes."""
-    # the inputs of every matrix of a layer are kept for the search, and the outputs to compare with
-    return calibrated_host_bytes(shape, params, kept=8 * shape.hidden + 3 * shape.feed_forward)
+    return rounding_host_bytes(shape, params)
 
 
 def _group_size(tensors: Sequence[Tensor], params: Params) -> int:

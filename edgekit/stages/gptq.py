@@ -4,28 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 import edgekit
 from edgekit.artifact import Artifact
-from edgekit.formats.safetensors import read_checkpoint
-from edgekit.huggingface import calibration_windows, open_checkpoint
-from edgekit.model import ModelShape, read_config
+from edgekit.grids import integer_grid
+from edgekit.model import ModelShape
 from edgekit.stage import CalibratedParams, Facts, StageContext, Tensor, stage
 from edgekit.stages._quantized import (
-    copy_side_files,
     find_group_size,
-    is_matrix,
     packed_bytes,
     planned_tensors,
     predict_tensors,
-    store_weights,
-    stored_dtype,
+    rounding_host_bytes,
     type_name,
-    write_config,
-    write_json,
 )
 
 _GROUP_SIZES = (1024, 512, 256, 128, 64, 32, 16)
@@ -53,52 +47,17 @@ class Params(CalibratedParams):
     tools=("torch", "transformers", "safetensors"),
 )
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
-    """Round the matrices of all layers with GPTQ (Frantar et al., arXiv:2210.17323) and sweeps after it.
+    """Round the matrices of all layers with GPTQ (Frantar et al., arXiv:2210.17323) and a sweep after it.
 
-    The rounding is `edgekit.grids.solver`'s, the format that of AutoGPTQ, which transformers and vLLM read. A layer
-    sees the inputs that the rounded layers before it give. What is not rounded keeps 16 bits; all files but weights
-    and config are the source's.
-
-    Raises InputError for matrices that no linear layer of the network holds.
+    The rounding is `edgekit.grids.solver`'s, the format that of AutoGPTQ, which transformers and vLLM read.
     """
-    from edgekit.stages import _gptq
+    from edgekit.grids.containers import gptq_tensors
+    from edgekit.stages._integers import quantize_checkpoint
 
-    planned = planned_tensors(model)
-    group_size = _group_size([*planned.values()], params)
-    tokenizer, network = open_checkpoint(model)
-    windows = calibration_windows(
-        tokenizer, lambda: network, params.text, params.windows, params.window_tokens, ctx.progress
-    )
-    matrices = [name for name, tensor in planned.items() if is_matrix(tensor)]
-    packed = _gptq.round_layers(network, windows, matrices, params, group_size, ctx.progress, ctx.kept)
-    copy_side_files(model, out)
-    config = read_config(model.path)
-    dtype = store_weights(
-        model.path,
-        out,
-        stored_dtype(config),
-        drop=["lm_head.weight"] if config.get("tie_word_embeddings") else (),
-        convert=lambda name, tensor: packed.get(name) or {name: tensor},
-    )
-    quantization = _describe(params, group_size)
-    write_config(out, config, dtype, quantization)
-    write_json(out / "quantize_config.json", quantization)
-    return {
-        **model.facts,
-        "quantization": "gptq",
-        "bits": params.bits,
-        "group_size": group_size,
-        "tokens": int(windows.size),
-        "text": params.text,
-        "weight_bytes": sum(tensor.nbytes for tensor in read_checkpoint(out).values()),
-    }
-
-
-def _describe(params: Params, group_size: int) -> dict[str, Any]:
-    """What loaders ask: the fields of transformers' and vLLM's GPTQConfig."""
+    group_size = _group_size([*planned_tensors(model).values()], params)
     # loaders take zero points for right only where a writer is named that is known to store them less 1, as we do
     known = [] if params.sym else ["gptqmodel:0.9.0"]
-    return {
+    quantization = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
         "bits": params.bits,
@@ -109,6 +68,19 @@ def _describe(params: Params, group_size: int) -> dict[str, Any]:
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"edgekit:{edgekit.__version__}", *known]},
     }
+    return quantize_checkpoint(
+        model,
+        out,
+        params,
+        ctx,
+        quantization,
+        grid_of=lambda inputs: integer_grid(
+            params.bits, inputs if group_size == -1 else group_size, symmetric=params.sym
+        ),
+        pack=lambda rounded: gptq_tensors(rounded, params.bits),
+        damping=params.damping,
+        act_order=params.act_order,
+    )
 
 
 def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> tuple[Sequence[Tensor], Sequence[str]]:
@@ -125,11 +97,8 @@ def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> 
 
 
 def host_bytes(shape: ModelShape, params: Params) -> int:
-    """Peak memory of the build host in bytes: the model in float32 and, in the same, the activations between two
-    layers and the second moments of one with their factors."""
-    widest = max((tensor.shape[0] for tensor in shape.tensors if is_matrix(tensor)), default=0)
-    activations = 2 * params.windows * params.window_tokens * shape.hidden
-    return (1 << 30) + 4 * (shape.parameters + activations + 8 * widest**2)
+    """Peak memory of the build host in bytes."""
+    return rounding_host_bytes(shape, params)
 
 
 def _group_size(tensors: Sequence[Tensor], params: Params) -> int:

@@ -20,6 +20,7 @@ from edgekit.stage import BudgetParams, CalibratedParams, Facts, StageContext, T
 from edgekit.stages._onnx_graph import DATA, HALF, MODEL, stored_bytes
 from edgekit.stages.sensitivity import FILE_NAME as SENSITIVITY_FILE
 from edgekit.stages.sensitivity import read_sensitivity
+from edgekit.target import Target
 from edgekit.tools import copy_file
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 TYPES = tuple(f"int{bits}-g{group}{zeros}" for bits in (4, 8) for group in (32, 64, 128) for zeros in ("", "-zeros"))
 """What MatMulNBits has fast kernels for on a processor, and `sensitivity` is worth asking about."""
+_PROVIDERS = ("cpu", "cuda")
+"""Whose MatMulNBits takes any of these types in one graph, by their sources; run on the CPU's alone."""
 _EMBEDDING = "token_embd.weight"
 _PLANNED = re.compile(r"int(\d)-b(\d+)")
 _ADDED_BYTES = 256
@@ -143,6 +146,13 @@ def predict(
         else tensor
         for tensor in tensors
     ], ()
+
+
+def refuses(params: Params, target: Target) -> str | None:
+    """Why a target's execution provider may not run a mix of bits, blocks and zero points."""
+    if target.onnx_provider in _PROVIDERS:
+        return None
+    return f"matrices of several types are for {' and '.join(_PROVIDERS)}, not for {target.onnx_provider}"
 
 
 def host_bytes(shape: ModelShape, params: Params) -> int:
