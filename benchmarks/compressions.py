@@ -1,4 +1,4 @@
-"""What wrapping costs, path by path: our checkpoints and ONNX models against their libraries used directly.
+"""What we lose, and how long we take, path by path: checkpoints and ONNX models against the libraries used directly.
 
 MODEL should be off its grid (see offgrid.py). Every path sees the same calibration and the same held-out text, and
 is compared with the same source; peers are the libraries' own few lines from their documentation.
