@@ -123,6 +123,8 @@ def main() -> None:
             begun = time.perf_counter()
             quantize(source, theirs, Params(type=preset), imatrix)
             row: dict[str, Any] = {"preset": preset, "bytes": theirs.stat().st_size}
+            if any(other["bytes"] == row["bytes"] for other in rows):
+                continue  # another name of the same types
             row |= {"bits_per_weight": 8 * row["bytes"] / weights, "theirs_s": time.perf_counter() - begun}
             row["theirs"] = judge(theirs, laws)
             begun = time.perf_counter()
