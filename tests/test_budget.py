@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +69,25 @@ def test_a_model_of_hundreds_of_tensors_is_solved_to_the_byte() -> None:
     bound = float(np.interp(budget, [p.nbytes for p in points], [p.loss for p in points]))
     below = max((p for p in points if p.nbytes <= budget), key=lambda p: p.nbytes)
     assert bound - 1e-9 <= found.loss <= below.loss + 1e-12
+
+
+def test_what_the_solver_prints_goes_nowhere(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HiGHS writes to the process's own stdout, which belongs to whoever reads our JSON."""
+    import scipy.optimize
+
+    milp = scipy.optimize.milp
+
+    def prints(*arguments: Any, **options: Any) -> Any:
+        os.write(1, b"from within\n")
+        return milp(*arguments, **options)
+
+    monkeypatch.setattr(scipy.optimize, "milp", prints)
+    tensors = problem(0)
+    choose(tensors, sum(max(o.nbytes for o in options) for options in tensors))
+    print("from here")
+    assert capfd.readouterr().out == "from here\n"
 
 
 def test_a_budget_below_the_smallest_types_says_how_much_is_needed() -> None:

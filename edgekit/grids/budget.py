@@ -6,9 +6,13 @@ and Pisinger, Knapsack Problems, chapter 11), solved as an integer program by Hi
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -60,22 +64,37 @@ def choose(tensors: Sequence[Sequence[Option]], budget_bytes: int, besides: int 
     starts = np.cumsum([0, *map(len, useful)])
     one_each = csr_array((np.ones(len(flat)), np.arange(len(flat)), starts), shape=(len(useful), len(flat)))
     room = (budget_bytes - sum(options[0].nbytes for options in useful)) // unit
-    found = milp(
-        loss / max(float(loss.max()), np.finfo(float).tiny),
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(np.array([extra], float) / unit, -np.inf, room),
-        ],
-        options={"mip_rel_gap": 0.0},
-    )
+    with _quiet_stdout():
+        found = milp(
+            loss / max(float(loss.max()), np.finfo(float).tiny),
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(np.array([extra], float) / unit, -np.inf, room),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
     if found.x is None:
         raise RuntimeError(f"the integer program was not solved: {found.message}")
     chosen = [options[int(np.argmax(found.x[a:b]))] for options, a, b in zip(useful, starts, starts[1:], strict=False)]
     point = _point(chosen)
     assert point.nbytes <= budget_bytes
     return point
+
+
+@contextlib.contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """HiGHS prints a line of its own now and then, where a program may be reading."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def curve(tensors: Sequence[Sequence[Option]]) -> list[Point]:
