@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 
 import edgekit.stages
 from edgekit.artifact import Artifact
@@ -21,6 +21,7 @@ from edgekit.config import Strict
 from edgekit.engines import engine_names, find_engine
 from edgekit.errors import InputError, suggest
 from edgekit.formats.gguf import tensor_bytes
+from edgekit.grids import grid_name
 from edgekit.store import Store
 from edgekit.target import Target
 
@@ -66,6 +67,22 @@ class BudgetParams(StageParams):
     before. `fit`: what the target has room for beside the KV cache, buffers, a companion and the margin."""
     bits_per_weight: float | None = Field(None, gt=0, le=32)
     """The same in bits of the files for each weight; `budget_bytes` counts where both are given."""
+    types: tuple[str, ...] | None = None
+    """Types that the budget may choose, e.g. those that the target's kernels run fastest; without, all that were
+    measured. A tensor that fits none of them may take any."""
+
+    @field_validator("types")
+    @classmethod
+    def _are_grids(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        try:
+            return None if value is None else tuple(map(grid_name, value))
+        except InputError as error:
+            raise ValueError(f"{error.found} is no type to round to") from None
+
+    def allowed(self, losses: Mapping[str, float]) -> dict[str, float]:
+        """Of the losses of a tensor by type, those of types that may be chosen."""
+        found = {name: loss for name, loss in losses.items() if self.types is None or grid_name(name) in self.types}
+        return found or dict(losses)
 
     @property
     def has_budget(self) -> bool:

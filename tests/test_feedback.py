@@ -177,6 +177,15 @@ def test_a_plan_shows_the_curve_where_losses_are_known(
     assert unknown["budget"] is None
 
 
+def test_a_budget_chooses_among_the_types_that_may_be(store: Store, tiny_hf: Path) -> None:
+    free = built(store, tiny_hf, "gguf.bits_per_weight=6").result.facts
+    bound = built(store, tiny_hf, "gguf.bits_per_weight=6", "gguf.types=[q4_0, q8_0]").result.facts
+    assert set(bound["types"]) == {"q4_0", "q8_0"} < set(free["types"]) | {"q4_0"}
+    assert bound["predicted_divergence_nats"] > free["predicted_divergence_nats"]
+    with pytest.raises(InputError, match="no type to round to"):
+        tiny.plan_of(tiny_hf, "gguf-best", "gguf.types=[q4_9]")
+
+
 def test_a_budget_may_be_what_fits(tiny_hf: Path) -> None:
     plan = tiny.plan_of(tiny_hf, "gguf-best", "gguf.budget_bytes=fit")
     (budget,) = (step.params.budget_bytes for step in plan.steps if step.stage.name == "gguf")

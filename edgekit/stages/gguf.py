@@ -223,7 +223,7 @@ def within_budget(
     besides = header.data_offset + _ADDED_BYTES
     for info in header.tensors:
         if info.name in losses and not any(re.search(pattern, info.name) for pattern in params.tensor_types):
-            kinds = {_type_name(name): loss for name, loss in losses[info.name].items()}
+            kinds = {_type_name(name): loss for name, loss in params.allowed(losses[info.name]).items()}
             options[info.name] = [Option(name, nbytes(info, name), loss) for name, loss in kinds.items()]
         else:
             besides += nbytes(info, mix.get(info.name, info.type))

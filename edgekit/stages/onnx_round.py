@@ -77,7 +77,8 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         if "sensitivity" not in ctx.side:
             raise InputError("measured losses for a budget", "none", "add `- sensitivity:` before `- onnx_round:`")
         losses = read_sensitivity(ctx.side["sensitivity"].path / SENSITIVITY_FILE)
-        types, facts = _within_budget(graph, losses, budget)
+        allowed = {name: params.allowed(by_type) for name, by_type in losses.items()}
+        types, facts = _within_budget(graph, allowed, budget)
     graph.round(types, windows, out, lambda done, total: ctx.progress(done, total, "matrices"), ctx.kept)
     written = sum((out / name).stat().st_size for name in (MODEL, DATA))
     if budget is not None and written > budget:
@@ -130,7 +131,7 @@ def predict(
             continue
         columns, rows = tensor.shape
         kinds = [kind for kind in TYPES if columns % int(kind.split("-")[1][1:]) == 0 and "zeros" not in kind]
-        sizes = {kind: stored_bytes(kind, rows, columns, width) for kind in kinds}
+        sizes = {kind: stored_bytes(kind, rows, columns, width) for kind in params.allowed(dict.fromkeys(kinds, 0.0))}
         options[tensor.name] = [
             Option(kind, size, assumed_loss(rows * columns, size)) for kind, size in sizes.items()
         ] + ([] if planned else [Option(HALF, tensor.nbytes, 0.0)])
