@@ -105,6 +105,10 @@ class Store:
         artifact.verify()
         return artifact
 
+    def peek(self, digest: str) -> Artifact:
+        """Return an object without reading more than its manifest. Raises CorruptArtifact."""
+        return open_artifact(self._object_path(digest))
+
     def find(self, key: str) -> Artifact | None:
         """What a finished step gave, verified; None where the step, its object or a part of it is not there."""
         record = self.lookup(key)

@@ -82,7 +82,7 @@ def _outlook(plan: Plan, store: Store) -> dict[str, Any] | None:
         digests = [records[index][1] if index >= 0 else None for index in step.inputs]
         if not getattr(step.params, "has_budget", False) or None in digests:
             continue
-        model, *side = (store.open(record.digest) for record in digests if record)
+        model, *side = (store.peek(record.digest) for record in digests if record)
         return step.stage.outlook(model, dict(zip((kind for kind, _ in step.side), side, strict=True)), step.params)
     return None
 

@@ -99,6 +99,17 @@ def integer_grid(bits: int, group: int, *, symmetric: bool = True) -> Grid:
     return integers.integer_grid(bits, group, symmetric)
 
 
+def integer_parts(name: str) -> tuple[int, int, bool]:
+    """Bits, weights of a block and whether there are zero points, of `int4-g32` or `int4-g32-zeros`.
+
+    Raises InputError for another name.
+    """
+    found = _INTEGERS.fullmatch(name)
+    if found is None:
+        raise InputError("a grid of integers, as int4-g32", repr(name), "choose one")
+    return int(found[1]), int(found[2]), bool(found[3])
+
+
 def grid_name(text: str) -> str:
     """Return the name of a grid as the grid has it: a GGUF type, `int4-g32` or `int4-g32-zeros`. Raises InputError."""
     found = _INTEGERS.fullmatch(text)
@@ -117,8 +128,9 @@ def grid_name(text: str) -> str:
 def open_grid(name: str) -> Grid:
     """Return the grid of that name. Raises InputError."""
     name = grid_name(name)
-    if found := _INTEGERS.fullmatch(name):
-        return integer_grid(int(found[1]), int(found[2]), symmetric=not found[3])
+    if _INTEGERS.fullmatch(name):
+        bits, block, zeros = integer_parts(name)
+        return integer_grid(bits, block, symmetric=not zeros)
     return find_grid(name)
 
 

@@ -10,13 +10,17 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from edgekit.errors import InputError
+
+_CURVE_POINTS = 60
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,22 @@ def curve(tensors: Sequence[Sequence[Option]]) -> list[Point]:
     return points
 
 
-def thin(points: Sequence[Point], besides: int, count: int = 60) -> list[list[float]]:
-    """About `count` points of a curve as (bytes of the file, loss): for a plot."""
-    return [[besides + point.nbytes, point.loss] for point in points[:: max(1, len(points) // count)]]
+def spend(
+    tensors: Mapping[str, Sequence[Option]], budget_bytes: int, besides: int
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return the type that each tensor takes by `choose`, and what a report says of the choice.
+
+    That is `budget_bytes`, `predicted_divergence_nats`, `types` with their counts, and some points of the `curve` as
+    (bytes of the file, loss).
+    """
+    found, points = choose([*tensors.values()], budget_bytes, besides), curve([*tensors.values()])
+    types = dict(zip(tensors, found.types, strict=True))
+    return types, {
+        "budget_bytes": budget_bytes,
+        "predicted_divergence_nats": found.loss,
+        "types": dict(Counter(types.values()).most_common()),
+        "curve": [[besides + point.nbytes, point.loss] for point in points[:: max(1, len(points) // _CURVE_POINTS)]],
+    }
 
 
 def assumed_loss(weights: int, nbytes: float) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import edgekit
 from edgekit.artifact import Artifact
 from edgekit.errors import InputError
 from edgekit.formats.safetensors import read_checkpoint
@@ -38,6 +39,7 @@ def quantize_checkpoint(
     *,
     grid_of: Callable[[int], Grid],
     pack: Callable[[Rounded], Mapping[str, Tensor]],
+    writers: Sequence[str] = (),
     prepare: Callable[[Any], tuple[Prepare, Mapping[str, Tensor]]] | None = None,
     damping: float | None = None,
     act_order: bool = False,
@@ -48,7 +50,8 @@ def quantize_checkpoint(
     weights and config are the source's.
 
     Args:
-        quantization: For config.json: what loaders ask. `quant_method`, `bits` and `group_size` are in it.
+        quantization: For config.json: what loaders ask of the method, `quant_method`, `bits` and `group_size` among it.
+        writers: Further programs, with versions, that are known to write the format as it is written here.
         grid_of: The grid of a matrix with so many inputs.
         pack: The tensors of a matrix, by what follows its name.
         prepare: Gives, for the network, what is done to a layer before it is rounded, and what that changed beside
@@ -91,8 +94,10 @@ def quantize_checkpoint(
     dtype = store_weights(
         model.path, out, stored_dtype(config), drop=["lm_head.weight"] if tied else (), convert=convert
     )
-    write_config(out, config, dtype, quantization)
-    write_json(out / "quantize_config.json", quantization)
+    meta = {"quantizer": [f"edgekit:{edgekit.__version__}", *writers]}
+    stated = {**quantization, "lm_head": False, "pack_dtype": "int32", "meta": meta}
+    write_config(out, config, dtype, stated)
+    write_json(out / "quantize_config.json", stated)
     return {
         **model.facts,
         "quantization": quantization["quant_method"],

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from edgekit.errors import InputError
 from edgekit.formats.onnx import read_tensors
+from edgekit.grids import integer_parts
 
 MODEL, DATA, CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
 HALF = "f16"
@@ -31,9 +32,9 @@ def stored_bytes(kind: str, rows: int, columns: int, scale_bytes: int) -> int:
     """
     if kind == HALF:
         return 2 * rows * columns
-    bits, block = (int(part) for part in kind.removeprefix("int").removesuffix("-zeros").split("-g"))
+    bits, block, has_zeros = integer_parts(kind)
     blocks = -(-columns // block)
-    zeros = -(-blocks * bits // 8) if kind.endswith("-zeros") else 0
+    zeros = -(-blocks * bits // 8) if has_zeros else 0
     return rows * (blocks * block * bits // 8 + blocks * scale_bytes + zeros)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edgekit.artifact import Artifact
 from edgekit.errors import InputError, ToolError
-from edgekit.grids import open_grid
+from edgekit.grids import integer_parts, open_grid
 from edgekit.grids.containers import onnx_tensors
 from edgekit.grids.solver import Rounded, round_nearest
 from edgekit.stages._moments import round_network
@@ -133,7 +133,7 @@ class Graph:
         return named
 
     def _set_matrix(self, part: Part, kind: str, codes: Tensor, scales: Tensor, scratch: Path) -> None:
-        bits, block = _bits_and_block(kind)
+        bits, block, _ = integer_parts(kind)
         node = part.node
         old = [name for name in node.input[1:4] if name]
         for name in old:
@@ -157,7 +157,7 @@ class Graph:
         """Look tokens up in codes instead of a table of floats."""
         from onnx import helper
 
-        bits, block = _bits_and_block(kind)
+        bits, block, _ = integer_parts(kind)
         gather, nodes = part.node, self.model.graph.node
         self._changed[gather.input[0]] = None
         tensors = onnx_tensors(rounded.codes, rounded.scales, bits)
@@ -192,7 +192,7 @@ def open_graph(path: Path, checkpoint: Artifact, network: Any) -> Graph:
     for node in model.graph.node:
         if node.op_type == "MatMulNBits":
             mine = _linears_of(node.name, linears, network)
-            values = {name: one.i for one in node.attribute for name in [one.name]}
+            values = {one.name: one.i for one in node.attribute}
             scales = read_values(constants[node.input[2]], path)
             reshaped = [other.output[0] for other in model.graph.node if list(other.input[:1]) == [node.input[1]]]
             readers = tuple(
@@ -233,11 +233,11 @@ def _linears_of(node: str, linears: Mapping[str, nn.Linear], network: Any) -> tu
 
 def _hold_against(part: Part, kind: str, constants: Mapping[str, Any], path: Path, weights: list[Tensor]) -> None:
     """Raise InputError unless what the graph has now is near these weights."""
-    bits, block = _bits_and_block(kind)
+    bits, block, has_zeros = integer_parts(kind)
     stored = [torch.from_numpy(np.array(read_values(constants[name], path))) for name in part.node.input[1:4] if name]
     packed, scales = stored[0].view(part.rows, -1), stored[1].view(part.rows, -1).float()
     zeros: Tensor | float = float(1 << (bits - 1))
-    if kind.endswith("-zeros"):
+    if has_zeros:
         zeros = _unpack(stored[2].view(part.rows, -1), bits)[:, : scales.shape[1], None].float()
     codes = _unpack(packed, bits).unflatten(1, (-1, block)).float()
     values = ((codes - zeros) * scales[:, :, None]).flatten(1)[:, : part.columns]
@@ -251,11 +251,6 @@ def _unpack(packed: Tensor, bits: int) -> Tensor:
     """Codes from bytes, the first in the lowest bits."""
     places = torch.arange(0, 8, bits, dtype=torch.int32)
     return (packed[..., None].to(torch.int32) >> places & ((1 << bits) - 1)).flatten(-2)
-
-
-def _bits_and_block(kind: str) -> tuple[int, int]:
-    bits, block = kind.removeprefix("int").removesuffix("-zeros").split("-g")
-    return int(bits), int(block)
 
 
 def _set_attributes(node: Any, **values: int) -> None:

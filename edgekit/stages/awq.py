@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import edgekit
 from edgekit.artifact import Artifact
 from edgekit.grids import integer_grid
 from edgekit.model import ModelShape, read_config
@@ -57,9 +56,6 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         "bits": _BITS,
         "group_size": group_size,
         "zero_point": True,
-        "lm_head": False,
-        "pack_dtype": "int32",
-        "meta": {"quantizer": [f"edgekit:{edgekit.__version__}"]},
     }
     dtype = stored_dtype(read_config(model.path)) or "float16"
 

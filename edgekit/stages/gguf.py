@@ -6,7 +6,6 @@ import ctypes
 import math
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from edgekit.engines.llama_cpp import Log, collect_log, library
 from edgekit.errors import InputError, ToolError, suggest
 from edgekit.formats import gguf
 from edgekit.grids import NAMES
-from edgekit.grids.budget import Option, assumed_loss, choose, curve, thin
+from edgekit.grids.budget import Option, assumed_loss, spend
 from edgekit.huggingface import calibration_windows, open_checkpoint
 from edgekit.stage import BudgetParams, CalibratedParams, Facts, StageContext, StageParams, Tensor, stage
 from edgekit.stages.imatrix import FILE_NAME as IMATRIX_FILE
@@ -227,19 +226,12 @@ def within_budget(
             options[info.name] = [Option(name, nbytes(info, name), loss) for name, loss in kinds.items()]
         else:
             besides += nbytes(info, mix.get(info.name, info.type))
-    found = choose(list(options.values()), budget, besides)
-    types = dict(zip(options, found.types, strict=True))
+    types, facts = spend(options, budget, besides)
     named = {"^" + name.replace(".", r"\.") + "$": kind for name, kind in types.items()}
     update = {
         "tensor_types": named | params.tensor_types,
         "output_type": types.get("output.weight", params.output_type),
         "token_embedding_type": types.get("token_embd.weight", params.token_embedding_type),
-    }
-    facts = {
-        "budget_bytes": budget,
-        "predicted_divergence_nats": found.loss,
-        "types": dict(Counter(types.values()).most_common()),
-        "curve": thin(curve(list(options.values())), besides),
     }
     return params.model_copy(update=update), facts
 

@@ -8,7 +8,6 @@ from typing import Literal
 
 from pydantic import Field
 
-import edgekit
 from edgekit.artifact import Artifact
 from edgekit.grids import integer_grid
 from edgekit.model import ModelShape
@@ -55,8 +54,6 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     from edgekit.stages._integers import quantize_checkpoint
 
     group_size = _group_size([*planned_tensors(model).values()], params)
-    # loaders take zero points for right only where a writer is named that is known to store them less 1, as we do
-    known = [] if params.sym else ["gptqmodel:0.9.0"]
     quantization = {
         "quant_method": "gptq",
         "checkpoint_format": "gptq",
@@ -64,9 +61,6 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         "group_size": group_size,
         "desc_act": params.act_order,
         "sym": params.sym,
-        "lm_head": False,
-        "pack_dtype": "int32",
-        "meta": {"quantizer": [f"edgekit:{edgekit.__version__}", *known]},
     }
     return quantize_checkpoint(
         model,
@@ -78,6 +72,8 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
             params.bits, inputs if group_size == -1 else group_size, symmetric=params.sym
         ),
         pack=lambda rounded: gptq_tensors(rounded, params.bits),
+        # loaders take zero points for right only where a writer is named that is known to store them less 1, as we do
+        writers=() if params.sym else ("gptqmodel:0.9.0",),
         damping=params.damping,
         act_order=params.act_order,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,13 @@ from typing import TYPE_CHECKING
 from edgekit.artifact import Artifact
 from edgekit.errors import InputError, ToolError
 from edgekit.formats.onnx import read_tensors
-from edgekit.grids.budget import Option, assumed_loss, choose, curve, thin
+from edgekit.grids import integer_parts
+from edgekit.grids.budget import Option, assumed_loss, choose, spend
 from edgekit.huggingface import calibration_windows, open_checkpoint
 from edgekit.model import ModelShape
 from edgekit.stage import BudgetParams, CalibratedParams, Facts, StageContext, Tensor, stage
 from edgekit.stages._onnx_graph import DATA, HALF, MODEL, stored_bytes
+from edgekit.stages._quantized import rounding_host_bytes
 from edgekit.stages.sensitivity import FILE_NAME as SENSITIVITY_FILE
 from edgekit.stages.sensitivity import read_sensitivity
 from edgekit.target import Target
@@ -105,15 +106,7 @@ def _within_budget(
     }
     besides = graph.nbytes - sum(part.nbytes(graph.types[name]) for name, part in graph.parts.items())
     besides += _ADDED_BYTES * len(options)
-    found = choose(list(options.values()), budget, besides)
-    types = dict(zip(options, found.types, strict=True))
-    facts = {
-        "budget_bytes": budget,
-        "predicted_divergence_nats": found.loss,
-        "types": dict(Counter(types.values()).most_common()),
-        "curve": thin(curve(list(options.values())), besides),
-    }
-    return types, facts
+    return spend(options, budget, besides)
 
 
 def predict(
@@ -130,7 +123,8 @@ def predict(
         if planned is None and (tensor.name != _EMBEDDING or tensor.type != HALF):
             continue
         columns, rows = tensor.shape
-        kinds = [kind for kind in TYPES if columns % int(kind.split("-")[1][1:]) == 0 and "zeros" not in kind]
+        parts = {kind: integer_parts(kind) for kind in TYPES}
+        kinds = [kind for kind, (_, block, zeros) in parts.items() if columns % block == 0 and not zeros]
         sizes = {kind: stored_bytes(kind, rows, columns, width) for kind in params.allowed(dict.fromkeys(kinds, 0.0))}
         options[tensor.name] = [
             Option(kind, size, assumed_loss(rows * columns, size)) for kind, size in sizes.items()
@@ -157,6 +151,5 @@ def refuses(params: Params, target: Target) -> str | None:
 
 
 def host_bytes(shape: ModelShape, params: Params) -> int:
-    """The model in float32, the activations between two layers, and the second moments of one with their factors."""
-    activations = 2 * params.windows * params.window_tokens * shape.hidden
-    return (1 << 30) + 4 * (shape.parameters + activations + 8 * max(shape.feed_forward, shape.hidden) ** 2)
+    """Peak memory of the build host in bytes."""
+    return rounding_host_bytes(shape, params)
