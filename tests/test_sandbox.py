@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,13 @@ def still_running(mark: str) -> list[psutil.Process]:
     return found
 
 
+def comes_true(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not (met := condition()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return met
+
+
 NAMED = "import ctypes, os, time\ndef name(n): ctypes.CDLL(None).prctl(15, n.encode(), 0, 0, 0)\n"
 
 
@@ -197,15 +205,10 @@ def test_no_process_is_left_when_the_caller_is_killed(kind: str, tmp_path: Path)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     package = Path(sandbox.__file__).parents[1]
     caller = subprocess.Popen([sys.executable, "-c", program], cwd=package, env=environment)
-    deadline = time.monotonic() + 20
-    while not still_running(mark) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert still_running(mark) != []
+    assert comes_true(lambda: still_running(mark) != [])
     caller.kill()
     caller.wait()
-    while still_running(mark) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert still_running(mark) == []
+    assert comes_true(lambda: still_running(mark) == [])
 
 
 # --- the world outside
