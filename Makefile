@@ -5,6 +5,12 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCHMARKS := build_time fidelity llama_decode prediction startup
 
+# GCC before 12.4 compiles llama.cpp's AMX kernels wrong, and they then end the process (GCC bug 114098)
+ifeq ($(shell uname -m),x86_64)
+NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+export CMAKE_ARGS ?= -DCMAKE_C_FLAGS="$(NO_AMX)" -DCMAKE_CXX_FLAGS="$(NO_AMX)"
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast lint types docs bench bench-decoding matrix clean
 

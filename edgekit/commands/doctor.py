@@ -104,8 +104,8 @@ def _tools(recipes: list[Recipe]) -> list[Finding]:
     return findings
 
 
-_TOLD = ("gpu_offload", "providers", "accelerator")
-"""What an engine's build information says of accelerators."""
+_TOLD = ("gpu_offload", "repacking", "providers", "accelerator")
+"""What an engine's build information says of accelerators, and of kernels."""
 
 
 def _engines(recipes: list[Recipe]) -> list[Finding]:

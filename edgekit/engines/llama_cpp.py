@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgekit.engine import Capabilities, Closing, EngineOptions, Entry, FloatArray, StepOutput
+from edgekit.engines._amx import miscompiled
 from edgekit.errors import InputError, ToolError, suggest
 from edgekit.formats import llama_state
 
@@ -53,11 +54,13 @@ def open_vocabulary(path: Path) -> Vocabulary:
 def build_info() -> dict[str, str]:
     """Version of the package, llama.cpp's CPU features, and whether it can offload to an accelerator here."""
     api = library()
+    broken = {} if repacks() else {"repacking": "no, this GCC compiled AMX kernels wrong: take 12.4, 13.3 or later"}
     return {
         "engine": "llama_cpp",
         "version": importlib.metadata.version(DISTRIBUTION),
         "system": api.llama_print_system_info().decode().strip(),
         "gpu_offload": "yes" if api.llama_supports_gpu_offload() else "no",
+        **broken,
     }
 
 
@@ -157,6 +160,15 @@ def library() -> Any:
     return api
 
 
+@cache
+def repacks() -> bool:
+    """Whether llama.cpp may lay weights out anew for the processor: not for AMX kernels that end the process."""
+    api = library()
+    if b"AMX_INT8 = 1" not in api.llama_print_system_info():
+        return True
+    return not any(map(miscompiled, Path(api.__file__).parent.glob("lib/*ggml-cpu*")))
+
+
 class Vocabulary(Closing):
     """The tokenizer and metadata of an open GGUF file."""
 
@@ -164,6 +176,7 @@ class Vocabulary(Closing):
         self._api = library()
         self._path = path
         settings = self._api.llama_model_default_params()
+        settings.use_extra_bufts = repacks()
         for name, value in (params or {"vocab_only": True}).items():
             setattr(settings, name, value)
         if not path.is_file():
