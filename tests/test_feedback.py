@@ -18,8 +18,8 @@ from edgekit.formats import gguf
 from edgekit.grids import find_grid
 from edgekit.grids.solver import round_matrix
 from edgekit.huggingface import open_checkpoint
-from edgekit.stages import _feedback, _moments, _sensitivity
-from edgekit.stages._moments import round_network, with_moments
+from edgekit.stages import _feedback, _sensitivity
+from edgekit.stages._moments import Rounding, round_network, with_moments
 from edgekit.stages.evaluate import read_evaluation
 from edgekit.stages.gguf import Params, quantize
 from edgekit.store import Store
@@ -74,35 +74,33 @@ def test_the_file_holds_what_the_network_was_left_with(store: Store, tiny_hf: Pa
     assert reordered == 4
 
 
-def test_layers_see_what_the_rounded_layers_before_them_give(
+def test_a_matrix_is_rounded_for_what_all_before_it_give_when_they_are_rounded(
     store: Store, tiny_hf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """So the finished network has just the moments that were seen on the way."""
     checkpoint = built(store, tiny_hf, "gguf.type=F16", recipe="gguf-q8").checkpoint
     _, network = open_checkpoint(checkpoint)
     tokens = torch.randint(0, tiny.VOCABULARY, (3, 32), generator=torch.Generator().manual_seed(0))
     seen: dict[str, torch.Tensor] = {}
+    round_group = Rounding.round
 
-    def change(modules: Any, moments: Any, *_: Any) -> dict[str, Any]:
-        for name, linear in modules.items():
-            seen[name] = moments.hessian
-            linear.weight.mul_(1.5)
-        return {}
+    def watched(self: Rounding, modules: Any, moments: Any) -> Any:
+        assert moments.tokens == tokens.numel()
+        seen.update(dict.fromkeys(modules, moments.hessian))
+        return round_group(self, modules, moments)
 
-    monkeypatch.setattr(_moments, "_round_group", change)
-    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    monkeypatch.setattr(Rounding, "round", watched)
+    linears = {name: one for name, one in network.named_modules() if isinstance(one, torch.nn.Linear)}
     with torch.inference_mode():
-        for _ in round_network(network, tokens, dict.fromkeys(names, find_grid("Q8_0"))):
-            pass
-        # the network as it is now, layer 1 as it was when its inputs were looked at
-        network.get_submodule("model.layers.1.self_attn.q_proj").weight.div_(1.5)
-        inputs: list[torch.Tensor] = []
-        last = network.get_submodule("model.layers.1.self_attn.q_proj")
-        hook = last.register_forward_pre_hook(lambda module, args: inputs.append(args[0][0]))
-        for window in tokens:
-            network(window[None], use_cache=False)
-        hook.remove()
-    x = torch.cat(inputs)
-    torch.testing.assert_close(seen[names[1]], x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+        before = {name: moments.hessian for group, moments in with_moments(network, tokens, linears) for name in group}
+        found = [*round_network(network, tokens, Rounding(dict.fromkeys(linears, find_grid("Q4_0"))))]
+        after = {name: moments.hessian for group, moments in with_moments(network, tokens, linears) for name in group}
+    assert [len(group) for group in found] == [7, 7, 1]
+    assert seen.keys() == linears.keys()
+    for name, hessian in seen.items():
+        torch.testing.assert_close(hessian, after[name], rtol=1e-4, atol=1e-5)
+        moved = not name.startswith("model.layers.0.self_attn") or name.endswith("o_proj")
+        assert torch.allclose(hessian, before[name], rtol=1e-3) != moved, name
 
 
 def test_predicted_losses_are_those_of_the_logits(store: Store, tiny_hf: Path) -> None:

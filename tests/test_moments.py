@@ -13,7 +13,7 @@ from edgekit.grids import open_grid
 from edgekit.grids.solver import Rounded
 from edgekit.huggingface import load_model
 from edgekit.stages import _moments
-from edgekit.stages._moments import round_network, with_moments
+from edgekit.stages._moments import Rounding, round_network, with_moments
 
 TOKENS = torch.randint(0, tiny.VOCABULARY, (6, 64), generator=torch.Generator().manual_seed(0))
 
@@ -22,15 +22,15 @@ def linears(network: Any) -> dict[str, torch.nn.Linear]:
     return {name: module for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
-def rounded(model: Path, kept: Path | None = None, groups: int | None = None, **options: Any) -> dict[str, Rounded]:
-    """Round the network, or only so many groups of matrices before the attempt is cut off."""
+def rounded(model: Path, kept: Path | None = None, layers: int | None = None, **options: Any) -> dict[str, Rounded]:
+    """Round the network, or only so many layers before the attempt is cut off."""
     network, found = load_model(model), {}
     grids = dict.fromkeys(linears(network), open_grid("int4-g64"))
     with torch.inference_mode():
-        walk = round_network(network, TOKENS, grids, kept=kept, **options)
-        for number, group in enumerate(walk, 1):
-            found |= group
-            if number == groups:
+        walk = round_network(network, TOKENS, Rounding(grids, **options), kept=kept)
+        for number, layer in enumerate(walk, 1):
+            found |= layer
+            if number == layers:
                 walk.close()
                 break
     return found
@@ -54,18 +54,18 @@ def test_an_attempt_goes_on_behind_what_was_kept(
 ) -> None:
     whole = rounded(tiny_hf, act_order=act_order)
     kept = tmp_path / "kept"
-    rounded(tiny_hf, kept, groups=6, act_order=act_order)  # all of the first layer, and two of the second
+    rounded(tiny_hf, kept, layers=1, act_order=act_order)
     assert [path.name for path in kept.iterdir()] == ["model.layers.0.safetensors"]
     looked: list[str] = []
-    moments_of = _moments._moments_of
+    round_layer = _moments._Layer.round
 
-    def watched(modules: Any, run: Any) -> Any:
-        looked.extend(modules)
-        return moments_of(modules, run)
+    def watched(self: Any, among: Any, rounding: Any) -> Any:
+        looked.append(self.name)
+        return round_layer(self, among, rounding)
 
-    monkeypatch.setattr(_moments, "_moments_of", watched)
+    monkeypatch.setattr(_moments._Layer, "round", watched)
     again = rounded(tiny_hf, kept, act_order=act_order)
-    assert {name.split(".")[2] for name in looked} == {"1"}
+    assert looked == ["model.layers.1"]
     assert again.keys() == whole.keys()
     for name, one in whole.items():
         assert torch.equal(again[name].codes, one.codes)
@@ -74,7 +74,7 @@ def test_an_attempt_goes_on_behind_what_was_kept(
 
 
 def test_what_was_kept_badly_is_made_again(tiny_hf: Path, tmp_path: Path) -> None:
-    rounded(tiny_hf, tmp_path, groups=5)
+    rounded(tiny_hf, tmp_path, layers=1)
     file = tmp_path / "model.layers.0.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     whole, again = rounded(tiny_hf), rounded(tiny_hf, tmp_path)

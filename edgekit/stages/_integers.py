@@ -18,7 +18,7 @@ from edgekit.grids.solver import Rounded
 from edgekit.huggingface import calibration_windows, open_checkpoint
 from edgekit.model import read_config
 from edgekit.stage import CalibratedParams, Facts, StageContext
-from edgekit.stages._moments import Prepare, round_network
+from edgekit.stages._moments import Prepare, Rounding, round_network
 from edgekit.stages._quantized import (
     copy_side_files,
     is_matrix,
@@ -77,9 +77,12 @@ def quantize_checkpoint(
     packed: dict[str, dict[str, Tensor]] = {}
     with torch.inference_mode():
         walk = round_network(
-            network, torch.from_numpy(windows).long(), grids, damping=damping, act_order=act_order,
-            prepare=prepared, kept=None if prepare else ctx.kept,
-        )  # fmt: skip
+            network,
+            torch.from_numpy(windows).long(),
+            Rounding(grids, damping, act_order),
+            prepare=prepared,
+            kept=None if prepare else ctx.kept,
+        )
         for group in walk:
             for name, rounded in group.items():
                 packed[f"{name}.weight"] = {f"{name}.{part}": tensor for part, tensor in pack(rounded).items()}

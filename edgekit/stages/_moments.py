@@ -3,16 +3,17 @@ rounding those that read the same."""
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from edgekit.errors import ToolError
 from edgekit.grids import Grid
@@ -37,8 +38,37 @@ class Moments:
 
 Group = tuple[dict[str, nn.Linear], Moments]
 """Matrices that read the same inputs, by their names, and the moments of these."""
-Prepare = Callable[[str, Sequence[Group]], Sequence[Group]]
-"""Changes a layer, named, without changing what it gives, and returns its groups as they are then."""
+Prepare = Callable[[str, Sequence[Group]], None]
+"""Changes the matrices of a layer, named, without changing what the layer gives."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How matrices are rounded."""
+
+    grids: Mapping[str, Grid]
+    """By the names of linear layers: any of the network's layers', and the head."""
+    damping: float | None = None
+    """As of `Metric`; None for what the number of tokens asks for."""
+    act_order: bool = False
+    """Blocks are of inputs with like activations, not of neighbours; `Rounded.order` then says which."""
+
+    def round(self, modules: Mapping[str, nn.Linear], moments: Moments) -> dict[str, Rounded]:
+        """Round matrices that read the same inputs, those of one grid at once, and leave them rounded."""
+        metric = moments.metric(self.damping)
+        by_grid: dict[str, list[str]] = {}
+        for name in modules:
+            by_grid.setdefault(self.grids[name].name, []).append(name)
+        found: dict[str, Rounded] = {}
+        with _matmul("highest"):
+            for names in by_grid.values():
+                weights = [modules[name].weight.data for name in names]
+                grid = self.grids[names[0]]
+                rounded = round_matrix(torch.cat(weights), metric, grid, act_order=self.act_order)
+                found |= zip(names, rounded.split([len(weight) for weight in weights]), strict=True)
+        for name, rounded in found.items():
+            modules[name].weight.data = rounded.matrix
+        return {name: rounded.cpu() for name, rounded in found.items()}
 
 
 def with_moments(network: Any, tokens: Tensor, linears: Mapping[str, nn.Linear]) -> Iterator[Group]:
@@ -50,78 +80,59 @@ def with_moments(network: Any, tokens: Tensor, linears: Mapping[str, nn.Linear])
         linears: Modules of it by their names: any of its layers', and the head.
     """
     inside, head = _parts(network, linears)
-    for layer, run in _walk_layers(network, tokens, _sorted_layers(inside)):
-        yield from _moments_of({name: m for name, m in inside.items() if name.startswith(f"{layer}.")}, run)
-    for name, module in head.items():
-        yield {name: module}, Moments(_head_hessian(network, tokens), tokens.numel())
+    walk = _Walk(network, tokens, _sorted_layers(inside))
+    for layer in walk:
+        yield from layer.moments(inside)
+    if head:
+        with walk.end(head) as moments:
+            yield head, moments
 
 
 def round_network(
     network: Any,
     tokens: Tensor,
-    grids: Mapping[str, Grid],
+    rounding: Rounding,
     *,
-    damping: float | None = None,
-    act_order: bool = False,
     prepare: Prepare | None = None,
     kept: Path | None = None,
 ) -> Iterator[dict[str, Rounded]]:
-    """Round matrices and leave them rounded, a layer at a time: the layers after see what it gives then.
+    """Round matrices and leave them rounded; yields those of a layer at a time, the head last, on the CPU.
+
+    A matrix is rounded when its layer is about to multiply with it, for the inputs that everything rounded before
+    gives: a layer is run once, and makes up for what was lost before it.
 
     Args:
         network: A causal language model of transformers in float32.
         tokens: (windows, tokens) int64 of calibration text.
-        grids: By the names of linear layers: any of the network's layers', and the head.
-        damping: As of `Metric`; None for what the number of tokens asks for.
-        act_order: Blocks are of inputs with like activations, not of neighbours; `Rounded.order` then says which.
+        rounding: Which matrices, and how.
         prepare: What is done to a layer before it is rounded.
         kept: A directory for what is rounded already: an attempt after one that was cut off goes on behind it.
     """
-    linears = {name: network.get_submodule(name) for name in grids}
-    inside, head = _parts(network, linears)
-    files, layers = _Kept(kept), _sorted_layers(inside)
-    for layer, run in _walk_layers(network, tokens, layers):
-        mine = {name: module for name, module in inside.items() if name.startswith(f"{layer}.")}
-        done = files.load(layer, mine)
-        if done is not None:
-            for name, rounded in done.items():
-                mine[name].weight.data = rounded.matrix
-            yield done
+    inside, head = _parts(network, {name: network.get_submodule(name) for name in rounding.grids})
+    files, walk = _Kept(kept), _Walk(network, tokens, _sorted_layers(inside))
+    for layer in walk:
+        done = files.load(layer.name, layer.linears(inside))
+        if done is None:
+            if prepare:
+                prepare(layer.name, [*layer.moments(inside)])
+            done = layer.round(inside, rounding)
+            files.save(layer.name, done)
         else:
-            done = {}
-            groups = list(_moments_of(mine, run))
-            for modules, moments in prepare(layer, groups) if prepare else groups:
-                found = _round_group(modules, moments, grids, damping, act_order)
-                done |= found
-                yield found
-            files.save(layer, done)
-        if head or layer != layers[-1]:
-            run()
-    for name, module in head.items():
-        moments = Moments(_head_hessian(network, tokens), tokens.numel())
-        yield _round_group({name: module}, moments, grids, damping, act_order)
+            for name, rounded in done.items():
+                inside[name].weight.data = rounded.matrix.to(walk.device)
+            layer.run()
+        yield done
+    if head:
+        with walk.end(head) as moments:
+            done = rounding.round(head, moments)
+        yield done
 
 
-def _round_group(
-    modules: Mapping[str, nn.Linear],
-    moments: Moments,
-    grids: Mapping[str, Grid],
-    damping: float | None,
-    act_order: bool,
-) -> dict[str, Rounded]:
-    """Round matrices that read the same inputs, those of one grid at once, and leave them rounded."""
-    metric = moments.metric(damping)
-    by_grid: dict[str, list[str]] = {}
-    for name in modules:
-        by_grid.setdefault(grids[name].name, []).append(name)
-    found: dict[str, Rounded] = {}
-    for names in by_grid.values():
-        weights = [modules[name].weight.data for name in names]
-        rounded = round_matrix(torch.cat(weights), metric, grids[names[0]], act_order=act_order)
-        found |= zip(names, rounded.split([len(weight) for weight in weights]), strict=True)
-    for name, rounded in found.items():
-        modules[name].weight.data = rounded.matrix
-    return found
+def compute_device(nbytes: int) -> torch.device:
+    """Where to compute with tensors of so many bytes: a CUDA device that has room for them, else the CPU."""
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > nbytes:
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 @contextmanager
@@ -130,8 +141,14 @@ def fast_matmul() -> Iterator[None]:
 
     PyTorch's own choice is half as fast on AMD's processors.
     """
+    with _matmul("medium"):
+        yield
+
+
+@contextmanager
+def _matmul(precision: Literal["medium", "highest"]) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
@@ -185,112 +202,170 @@ def _parts(network: Any, linears: Mapping[str, nn.Linear]) -> tuple[dict[str, nn
     return inside, {name: module for name, module in linears.items() if module is head}
 
 
-def _moments_of(modules: Mapping[str, nn.Linear], run: Callable[[], None]) -> Iterator[Group]:
-    """Run a layer and yield its modules with their moments."""
-    names = {module: name for name, module in modules.items()}
-    with _watched([*names]) as groups:
-        run()
-    for members, moments in groups:
-        yield {names[module]: module for module in members}, moments
-
-
 def _sorted_layers(names: Iterable[str]) -> list[str]:
     """Names of the layers that hold the modules, in their order."""
     layers = {found[1] for name in names if (found := _LAYER.match(name))}
     return sorted(layers, key=lambda name: int(name.rpartition(".")[2]))
 
 
-@contextmanager
-def _watched(modules: list[nn.Linear]) -> Iterator[list[tuple[list[nn.Linear], Moments]]]:
-    """Within the block, sum x x^T over the inputs of linear layers; after it, who had the same, and the means."""
-    sums: dict[nn.Linear, Tensor] = {}
-    counts: dict[nn.Linear, int] = {}
-    leaders: dict[nn.Linear, nn.Linear] = {}
-    """Of each module, the first that had its inputs."""
-    last: list[Any] = [None, None]
+class _Layer:
+    """A layer and what goes into it."""
 
-    def watch(module: nn.Linear, inputs: tuple[Any, ...]) -> None:
-        # queries, keys and values have one input
-        if inputs[0] is last[0] and leaders.setdefault(module, last[1]) is last[1]:
-            return
-        last[:] = [inputs[0], leaders.setdefault(module, module)]
-        x = inputs[0].reshape(-1, inputs[0].shape[-1])
-        if module not in sums:
-            sums[module], counts[module] = torch.zeros(x.shape[1], x.shape[1], device=x.device), 0
-        sums[module].addmm_(x.T, x)
-        counts[module] += len(x)
+    def __init__(self, name: str, module: nn.Module, states: Tensor, others: Mapping[str, Any]) -> None:
+        self.name = name
+        self.given = states
+        """What the last run gave: (windows, tokens, hidden)."""
+        self._module, self._states, self._others = module, states, others
 
-    groups: list[tuple[list[nn.Linear], Moments]] = []
-    hooks = [module.register_forward_pre_hook(watch) for module in modules]
-    try:
-        yield groups
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for leader, total in sums.items():
-        members = [module for module in modules if leaders.get(module) is leader]
-        groups.append((members, Moments(total / counts[leader], counts[leader])))
+    def linears(self, among: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
+        """Those that are within the layer."""
+        return {name: module for name, module in among.items() if name.startswith(f"{self.name}.")}
+
+    def run(self, windows: int | None = None) -> None:
+        """Run it over all windows, or the first of them."""
+        with fast_matmul():
+            output = self._module(self._states[:windows], **self._others)
+        self.given = output if isinstance(output, Tensor) else output[0]
+
+    def moments(self, among: Mapping[str, nn.Linear], windows: int | None = None) -> list[Group]:
+        """Run it and return its matrices with their moments."""
+        mine = self.linears(among)
+        seen: dict[nn.Module, list[Moments]] = {}
+        last: list[Any] = [None, None]
+
+        def watch(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            # queries, keys and values have one input
+            if inputs[0] is not last[0]:
+                last[:] = inputs[0], _moments(inputs[0])
+            seen.setdefault(module, []).append(last[1])
+
+        with _entering(mine.values(), watch):
+            self.run(windows)
+        groups: dict[tuple[int, ...], Group] = {}
+        for name, module in mine.items():
+            if found := seen.get(module):
+                group = groups.setdefault(tuple(map(id, found)), ({}, _joined(found)))
+                group[0][name] = module
+        return [*groups.values()]
+
+    def round(self, among: Mapping[str, nn.Linear], rounding: Rounding) -> dict[str, Rounded]:
+        """Run it, its matrices rounded on the way."""
+        mine, done = self.linears(among), dict[str, Rounded]()
+        together = {module: group for group, _ in self.moments(among, windows=1) for module in group.values()}
+        names = {module: name for name, module in mine.items()}
+
+        def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if names[module] not in done:
+                group = together.get(module, {names[module]: module})
+                done.update(rounding.round(group, _moments(inputs[0])))
+
+        with _entering(mine.values(), enter):
+            self.run()
+        for name, module in mine.items():
+            if name not in done:  # no token came to it: it is rounded to the nearest
+                done |= rounding.round({name: module}, _moments(torch.zeros_like(module.weight.data[:1])))
+        return {name: done[name] for name in mine}
 
 
-def _walk_layers(network: Any, tokens: Tensor, layers: list[str]) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield each layer and a function that runs it over all windows; what it gave last goes into the next layer.
+class _Walk:
+    """The layers of a network in turn, over all windows at once; only one of them is on the device.
 
-    Activations of one layer are held, (windows, tokens, hidden) in float32. Raises ToolError where the layers of the
-    network do not follow each other.
+    Raises ToolError where the layers of the network do not follow each other.
     """
-    modules = [network.get_submodule(name) for name in layers]
-    first: list[Tensor] = []
-    others: dict[int, dict[str, Any]] = {}
 
-    def note(index: int) -> Callable[..., None]:
+    def __init__(self, network: Any, tokens: Tensor, names: Sequence[str]) -> None:
+        self._network, self._tokens = network, tokens
+        self._modules = {name: network.get_submodule(name) for name in names}
+        states, self._others = _enter(network, tokens, self._modules)
+        largest = max((sum(p.nbytes for p in module.parameters()) for module in self._modules.values()), default=0)
+        # a layer with its moments and their factors, and activations, some times as much as goes in
+        self.device = compute_device(6 * largest + 16 * states.nbytes)
+        self._states = states.to(self.device)
+
+    def __iter__(self) -> Iterator[_Layer]:
+        for name, module in self._modules.items():
+            others = tree_map(lambda x: x.to(self.device) if isinstance(x, Tensor) else x, self._others[name])
+            layer = _Layer(name, module.to(self.device), self._states, others)
+            yield layer
+            module.to("cpu")
+            self._states = layer.given
+
+    @contextmanager
+    def end(self, head: Mapping[str, nn.Linear]) -> Iterator[Moments]:
+        """Be behind the last layer, and give the moments of what the head reads."""
+        states, skipped = self._states.cpu(), [*self._modules.values()]
+        for module in skipped:
+            module.forward = lambda *args, **kwargs: states
+        try:
+            found = self._network.base_model(self._tokens, use_cache=False).last_hidden_state
+        finally:
+            for module in skipped:
+                del module.forward
+        for module in head.values():
+            module.to(self.device)
+        yield _moments(found.to(self.device))
+        for module in head.values():
+            module.to("cpu")
+
+
+def _enter(
+    network: Any, tokens: Tensor, modules: Mapping[str, nn.Module]
+) -> tuple[Tensor, dict[str, Mapping[str, Any]]]:
+    """Return what goes into the first layer, (windows, tokens, hidden), and what each layer is given beside it.
+
+    The latter, masks and positions, is the same for every window.
+    """
+    names = [*modules]
+    first: list[Tensor] = []
+    others: dict[str, Mapping[str, Any]] = {}
+
+    class Entered(Exception):
+        """The first layer was reached again."""
+
+    def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if index == 0:
+            if name == names[0]:
                 first.append(args[0] if args else kwargs["hidden_states"])
-            others[index] = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+                if len(first) > 1:
+                    raise Entered
+            others[name] = {key: value for key, value in kwargs.items() if key != "hidden_states"}
 
         return hook
 
-    class Entered(Exception):
-        """The first layer was reached."""
-
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-        raise Entered
-
-    hooks = [module.register_forward_pre_hook(note(i), with_kwargs=True) for i, module in enumerate(modules)]
+    hooks = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in modules.items()]
     try:
-        # once through all layers: masks and positions are the same for every window
-        network(tokens[:1], use_cache=False, logits_to_keep=1)
-        hooks.append(modules[0].register_forward_pre_hook(stop))
-        for window in tokens[1:]:
-            try:
+        # once through all layers, then to the first only
+        for window in tokens:
+            with contextlib.suppress(Entered):
                 network(window[None], use_cache=False, logits_to_keep=1)
-            except Entered:
-                continue
     finally:
         for hook in hooks:
             hook.remove()
-    if len(others) != len(modules):
-        raise ToolError("layers that follow each other", f"{len(others)} of {len(modules)} ran", "choose gguf-q4")
-    states = first
-    for index, (name, module) in enumerate(zip(layers, modules, strict=True)):
-        given: list[Tensor] = []
-
-        run = functools.partial(_run_layer, module, others[index], states, given)
-        yield name, run
-        states = given
+    if len(others) != len(names):
+        raise ToolError("layers that follow each other", f"{len(others)} of {len(names)} ran", "choose gguf-q4")
+    return torch.cat(first), others
 
 
-def _run_layer(module: nn.Module, others: dict[str, Any], states: list[Tensor], given: list[Tensor]) -> None:
-    with fast_matmul():
-        outputs = [module(state, **others) for state in states]
-    given[:] = [output if isinstance(output, Tensor) else output[0] for output in outputs]
+@contextmanager
+def _entering(modules: Iterable[nn.Module], function: Callable[..., None]) -> Iterator[None]:
+    """Within the block, call the function with a module and its inputs before the module runs."""
+    hooks = [module.register_forward_pre_hook(function) for module in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def _head_hessian(network: Any, tokens: Tensor) -> Tensor:
-    """The mean of x x^T over the final states, which the head reads."""
-    total: Tensor | float = 0.0
-    for window in tokens:
-        states = network.base_model(window[None], use_cache=False).last_hidden_state[0]
-        total = total + states.T @ states
-    assert isinstance(total, Tensor)
-    return total / tokens.numel()
+def _moments(inputs: Tensor) -> Moments:
+    x = inputs.reshape(-1, inputs.shape[-1])
+    return Moments(x.T @ x / len(x), len(x))
+
+
+def _joined(parts: Sequence[Moments]) -> Moments:
+    """The moments of all that was seen in several runs."""
+    if len(parts) == 1:
+        return parts[0]
+    tokens = sum(part.tokens for part in parts)
+    total = torch.stack([part.hessian * (part.tokens / tokens) for part in parts]).sum(0)
+    return Moments(total, tokens)

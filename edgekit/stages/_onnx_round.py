@@ -19,7 +19,7 @@ from edgekit.errors import InputError, ToolError
 from edgekit.grids import integer_parts, open_grid
 from edgekit.grids.containers import onnx_tensors
 from edgekit.grids.solver import Rounded, round_nearest
-from edgekit.stages._moments import round_network
+from edgekit.stages._moments import Rounding, round_network
 from edgekit.stages._onnx_graph import DATA, HALF, MODEL, check_graph, read_values, rewrite_data, stored_bytes
 from edgekit.stages._sensitivity import EMBEDDING, tensor_names
 from edgekit.tools import copy_file
@@ -103,7 +103,7 @@ class Graph:
                     self._set_table(part, types[name], nearest, Path(scratch))
             done, total = 0, len(place)
             grids = {linear: open_grid(types[name]) for linear, name in place.items()}
-            for group in round_network(self.network, tokens, grids, kept=kept):
+            for group in round_network(self.network, tokens, Rounding(grids), kept=kept):
                 # what the graph has in one matrix reads one input
                 for name in dict.fromkeys(place[linear] for linear in group):
                     found = [group[linear] for linear in self.parts[name].linears]
