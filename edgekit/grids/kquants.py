@@ -194,7 +194,7 @@ class Signed(Linear):
         return 1 << (self.scale_bits - 1)
 
     def _nearest(self, x: Tensor) -> Tensor:
-        return x.round().clamp_(-self._zero, self._zero - 1)
+        return x.round_().clamp_(-self._zero, self._zero - 1)
 
     def _fit_groups(self, x: Tensor, w: Tensor) -> Tensor:
         a = fit_scale(x, w, self._nearest, -self._zero, self._zero - 1)

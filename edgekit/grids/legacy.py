@@ -57,14 +57,14 @@ class Legacy(Linear):
         if self.minimum:
             return self._settle(x, w, torch.cat(fit_affine(x, w, self._top, signed=True), -1))
         unit = self._unit(x)
-        return self._settle(x, w, fit_scale(x, w, unit.nearest, float(unit.low), float(unit.high)))
+        return self._settle(x, w, fit_scale(x, w, unit.round_, float(unit.low), float(unit.high)))
 
     def refit(self, columns: Tensor, importance: Tensor, scales: Tensor, start: int) -> Tensor:
         """As `Grid.refit`: the group is the block, so that nothing is shared."""
         x, w = columns, normalise(importance, columns)
         if self.minimum:
             return self._settle(x, w, torch.cat(refit_affine(x, w, self._top, scales[:, :1], scales[:, 1:]), -1))
-        return self._settle(x, w, refit_scale(x, w, self._unit(x).nearest, scales))
+        return self._settle(x, w, refit_scale(x, w, self._unit(x).round_, scales))
 
     def _settle(self, x: Tensor, w: Tensor, scales: Tensor) -> Tensor:
         """Least squares and nearest levels in turns; the best of what the file can store."""

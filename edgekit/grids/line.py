@@ -36,7 +36,10 @@ class Line:
         """Return the levels nearest to `columns`, as floats."""
         if self.offset is not None:
             columns = columns - self.offset
-        unit = torch.mul(columns, self.inverse, out=out)
+        return self.round_(torch.mul(columns, self.inverse, out=out))
+
+    def round_(self, unit: Tensor) -> Tensor:
+        """Make the levels nearest to what is in units of the step, in place."""
         if not self.table:
             return unit.round_().clamp_(self.low, self.high)
         halves = (unit * 2).floor_().clamp_(2 * self.table[0], 2 * self.table[-1])

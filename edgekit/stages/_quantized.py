@@ -180,8 +180,8 @@ def type_name(method: str, bits: int, group_size: int) -> str:
 
 
 def rounding_host_bytes(shape: ModelShape, params: CalibratedParams) -> int:
-    """Peak memory of the build host in bytes: the model in float32 and, in the same, the activations between two
-    layers and the second moments of one with their factors."""
+    """Peak memory of the build host in bytes: the model in float32 and, in the same, the activations of a layer over
+    all calibration tokens and the second moments of its inputs with their factors."""
     widest = max((tensor.shape[0] for tensor in shape.tensors if is_matrix(tensor)), default=0)
-    activations = 2 * params.windows * params.window_tokens * shape.hidden
+    activations = params.windows * params.window_tokens * (6 * shape.hidden + 3 * shape.feed_forward)
     return (1 << 30) + 4 * (shape.parameters + activations + 8 * widest**2)
