@@ -62,6 +62,11 @@ class Step:
         """Distributions whose versions are part of its key."""
         return (*self.stage.tools, *self.params.tools)
 
+    @property
+    def target_fields(self) -> tuple[str, ...]:
+        """Fields of the target that are part of its key."""
+        return (*self.stage.target_fields, *self.params.target_fields)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -319,7 +324,7 @@ def step_key(step: Step, inputs: Sequence[str], target: Target) -> str | None:
             "texts": {name: text_digest(getattr(step.params, name)) for name in step.params.text_fields},
             "inputs": list(inputs),
             "tools": tools,
-            "target": {path: reduce(getattr, path.split("."), target) for path in step.stage.target_fields},
+            "target": {path: reduce(getattr, path.split("."), target) for path in step.target_fields},
         }
     )
 

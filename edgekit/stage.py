@@ -40,6 +40,11 @@ class StageParams(Strict):
         return ()
 
     @property
+    def target_fields(self) -> tuple[str, ...]:
+        """Fields of the target that change the output because of a parameter, besides those that the stage declares."""
+        return ()
+
+    @property
     def unused(self) -> frozenset[str]:
         """Kinds that the stage declares in `also` and has no use for with these parameters."""
         return frozenset()
@@ -178,14 +183,16 @@ class Stage:
         result: tuple[Sequence[Tensor], Sequence[str]] = function(tensors, params, side, **known)
         return result
 
-    def outlook(self, model: Artifact, side: Mapping[str, Artifact], params: StageParams) -> Facts | None:
+    def outlook(
+        self, model: Artifact, side: Mapping[str, Artifact], params: StageParams, target: Target
+    ) -> Facts | None:
         """What the stage would choose for its budget, from artifacts that exist already; None where it has none.
 
         A stage module states this as a function `outlook` of the same arguments, which gives `budget_bytes`,
         `predicted_divergence_nats`, `types` and `curve`.
         """
         function = getattr(sys.modules[self.run.__module__], "outlook", None)
-        found: Facts | None = function(model, side, params) if function else None
+        found: Facts | None = function(model, side, params, target) if function else None
         return found
 
     def refuses(self, params: StageParams, target: Target) -> str | None:

@@ -107,8 +107,16 @@ class Compute(Strict):
     """Share of the dense peak that prefill reaches."""
     token_overhead_s: Figure[NonNegative]
     """Time per token that does not shrink with the model: launches, sampling, synchronisation."""
+    weight_costs: Figure[dict[str, Positive]] | None = None
+    """Time that a weight of each GGUF type takes in decode on the engine's kernels there, relative to Q8_0. A byte
+    budget chooses among these types only; without, among all, and what a weight costs is its bytes."""
     points: NonNegativeInt = 0
     """Published decode rates that efficiency and overhead were fitted to; 0 where they were estimated otherwise."""
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """`weight_costs`, or nothing."""
+        return self.weight_costs.value if self.weight_costs else {}
 
 
 class Runtime(Strict):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgekit.errors import InputError
-from edgekit.grids.budget import Option, Point, choose, curve
+from edgekit.grids.budget import Option, Point, choose, curve, spend, uniform_cost
 
 
 def problem(seed: int, tensors: int = 6, types: int = 4) -> list[list[Option]]:
@@ -96,3 +96,47 @@ def test_a_budget_below_the_smallest_types_says_how_much_is_needed() -> None:
     assert choose(tensors, smallest).nbytes == smallest
     with pytest.raises(InputError, match=str(smallest)):
         choose(tensors, smallest - 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_choice_is_the_best_of_all_within_both_bounds(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    tensors = [
+        [Option(o.type, o.nbytes, o.loss, float(draw.uniform(1, 4)) * o.nbytes) for o in options]
+        for options in problem(seed)
+    ]
+    choices = [
+        (sum(o.nbytes for o in c), sum(o.cost for o in c), sum(o.loss for o in c)) for c in itertools.product(*tensors)
+    ]
+    for _ in range(5):
+        nbytes, cost, _ = choices[int(draw.integers(len(choices)))]
+        found = choose(tensors, nbytes, most_cost=cost)
+        best = min(loss for size, time, loss in choices if size <= nbytes and time <= cost * (1 + 1e-9))
+        assert found.loss == pytest.approx(best, rel=1e-6)
+    with pytest.raises(InputError, match="decode as fast"):
+        choose(tensors, max(c[0] for c in choices), most_cost=0.99 * min(c[1] for c in choices))
+
+
+def test_what_one_type_costs_at_a_size_lies_between_those_of_the_sizes_beside_it() -> None:
+    def options(size: int) -> list[Option]:
+        costs = {"a": (4, 1.0), "b": (4, 0.5), "c": (5, 2.0), "odd": (6, 9.0), "d": (8, 1.0)}
+        return [Option(name, size * n, 0.0, size * cost) for name, (n, cost) in costs.items()]
+
+    tensors = [options(10), [o for o in options(30) if o.type != "odd"]]
+    assert uniform_cost(tensors, 160) == 20  # of two types of that size the faster
+    assert uniform_cost(tensors, 180) == 50
+    assert uniform_cost(tensors, 200) == 80
+    assert uniform_cost(tensors, 260) == 60
+    assert uniform_cost(tensors, 1000) == 40
+    assert uniform_cost([tensors[0][:1], tensors[1][1:2]], 160) is None
+
+
+def test_a_rate_holds_the_time_to_that_of_one_type() -> None:
+    fast, slow = ("fast", 0.5), ("slow", 2.0)
+    tensors = {
+        name: [Option(kind, 100, 1.0 if kind == "fast" else 0.1 * weight, 100 * cost) for kind, cost in (fast, slow)]
+        for name, weight in (("x", 1), ("y", 2))
+    }
+    assert set(spend(tensors, 200, 0)[0].values()) == {"slow"}
+    assert set(spend(tensors, 200, 0, rate=1.0)[0].values()) == {"fast"}
+    assert spend(tensors, 200, 0, rate=0.4)[0] == {"x": "slow", "y": "fast"}

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from edgekit.commands._options import make_plans, planning_options
 from edgekit.plan import Plan, cached_records, check_fit, check_host, what_fits
+from edgekit.report.figures import number
 from edgekit.store import Store
 
 
@@ -83,7 +84,8 @@ def _outlook(plan: Plan, store: Store) -> dict[str, Any] | None:
         if not getattr(step.params, "has_budget", False) or None in digests:
             continue
         model, *side = (store.peek(record.digest) for record in digests if record)
-        return step.stage.outlook(model, dict(zip((kind for kind, _ in step.side), side, strict=True)), step.params)
+        named = dict(zip((kind for kind, _ in step.side), side, strict=True))
+        return step.stage.outlook(model, named, step.params, plan.target)
     return None
 
 
@@ -145,13 +147,11 @@ def show(plan: Plan, store: Store, console: Console) -> None:
     host = f"building needs up to {plan.host_bytes(needed) / (1 << 20):,.0f} MiB here, for {plan.steps[needed].label}"
     console.print(host, highlight=False)
     for prediction in plan.predictions:
-        if prediction.unit == "tokens/s":
-            console.print(
-                f"{prediction.name}: {prediction.value:,.0f} predicted "
-                f"[{prediction.ci_low:,.0f} to {prediction.ci_high:,.0f}]",
-                markup=False,
-                highlight=False,
-            )
+        if prediction.unit in ("tokens/s", "J/token"):
+            low, high = (number(end) for end in (prediction.ci_low or 0.0, prediction.ci_high or 0.0))
+            words = f"{prediction.name}: {number(prediction.value)} predicted [{low} to {high}]"
+            words += f", {prediction.note}" if prediction.unit == "J/token" else ""
+            console.print(words, markup=False, highlight=False)
         elif prediction.name == "peak_rss_bytes":
             peak = f"{prediction.value / (1 << 20):,.1f} MiB predicted for the whole process, {prediction.note}"
             console.print(f"{prediction.name}: {peak}", markup=False, highlight=False)

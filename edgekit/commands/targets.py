@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def probe_target(device_url: str, out: Path | None) -> None:
     device = open_device(device_url)
     if out is not None and (out.suffix not in (".yaml", ".yml") or out.exists()):
         found = f"{out}, which exists" if out.exists() else str(out)
-        raise InputError("a new file that ends in .yaml", found, "--out my-board.yaml")
+        advice = f"--out {out.with_stem(f'{out.stem}-2') if out.exists() else out.with_suffix('.yaml')}"
+        raise InputError("a new file that ends in .yaml", found, advice)
     probed = device.probe()
     name = slug(str(probed.machine.facts.get("board") or probed.target.title)) if out is None else out.stem
     target = name_target(probed, name)
@@ -106,7 +108,8 @@ def probe_target(device_url: str, out: Path | None) -> None:
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"a file that can be written at {out}", error.strerror or str(error), "check it") from None
+        advice = "check it" if out.parent.is_dir() else f"mkdir -p {shlex.quote(str(out.parent))}"
+        raise InputError(f"a file that can be written at {out}", error.strerror or str(error), advice) from None
     click.echo(f"{out}: {target.title}")
     path = out if out.is_absolute() else f"./{out}"
     click.echo(f"next: edgekit plan MODEL --target {path}")
@@ -156,6 +159,9 @@ def _sections(target: Target) -> Iterator[tuple[str, list[tuple[str, Figure[Any]
         peak = runtime.peak_flops_per_s
         rows = [("dense peak", peak, _flops(peak.value) if peak else ""), *_shares(runtime)]
         yield f"Compute, with {name}{_fitted(runtime.points)}", rows
+    if weights := compute.weight_costs:
+        costs = sorted(weights.value.items(), key=lambda pair: pair[1])
+        yield "Time of a weight in decode, of Q8_0's", [("by type", weights, ", ".join(f"{n} {c:g}" for n, c in costs))]
     watts = [("idle", power.idle_w), ("decoding", power.typical_w), ("at most", power.max_w)]
     yield "Power", [(label, w, f"{w.value:g} W {w.scope}" if w else "") for label, w in watts]
     yield "Decode rate by mode", [(mode, rate, f"{rate.value:.0%}") for mode, rate in power.mode_rates.items()]

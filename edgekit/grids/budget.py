@@ -1,7 +1,7 @@
 """Which type each tensor takes when the file may have so many bytes: the least predicted loss, exactly.
 
 Each tensor takes one of its options; losses add up. That is the multiple-choice knapsack problem (Kellerer, Pferschy
-and Pisinger, Knapsack Problems, chapter 11), solved as an integer program by HiGHS.
+and Pisinger, Knapsack Problems, chapter 11), solved as an integer program by HiGHS. Time to decode may be a second bound.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ import numpy as np
 from edgekit.errors import InputError
 
 _CURVE_POINTS = 60
+_INFEASIBLE = 2
+"""What `scipy.optimize.milp` says of a program without a solution."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Option:
     """In the file, padding included."""
     loss: float
     """What it adds to the divergence, at least 0."""
+    cost: float = 0.0
+    """What it adds to the time of a token, in a unit of the caller's."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,13 @@ class Point:
     loss: float
 
 
-def choose(tensors: Sequence[Sequence[Option]], budget_bytes: int, besides: int = 0) -> Point:
+def choose(
+    tensors: Sequence[Sequence[Option]], budget_bytes: int, besides: int = 0, most_cost: float | None = None
+) -> Point:
     """Return the choice of least loss in at most `budget_bytes`, of which what is beside the tensors takes `besides`.
 
-    Raises InputError where even the smallest types need more.
+    `most_cost` bounds the sum of costs as well. Raises InputError where even the smallest types need more bytes, or
+    nothing is within both bounds.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array
@@ -59,7 +66,7 @@ def choose(tensors: Sequence[Sequence[Option]], budget_bytes: int, besides: int 
             "raise the budget, or choose a smaller model",
         )
     budget_bytes -= besides
-    useful = [undominated(options) for options in tensors]
+    useful = [undominated(options) if most_cost is None else _worth_it(options) for options in tensors]
     flat = [option for options in useful for option in options]
     loss = np.array([option.loss for option in flat])
     # counted above the smallest choice and in units of the common divisor: the solver's tolerance is relative
@@ -68,17 +75,23 @@ def choose(tensors: Sequence[Sequence[Option]], budget_bytes: int, besides: int 
     starts = np.cumsum([0, *map(len, useful)])
     one_each = csr_array((np.ones(len(flat)), np.arange(len(flat)), starts), shape=(len(useful), len(flat)))
     room = (budget_bytes - sum(options[0].nbytes for options in useful)) // unit
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(np.array([extra], float) / unit, -np.inf, room),
+    ]
+    if most_cost is not None:
+        constraints.append(LinearConstraint(np.array([[option.cost / most_cost for option in flat]]), -np.inf, 1))
     with _quiet_stdout():
         found = milp(
             loss / max(float(loss.max()), np.finfo(float).tiny),
             integrality=np.ones(len(flat)),
             bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(one_each, 1, 1),
-                LinearConstraint(np.array([extra], float) / unit, -np.inf, room),
-            ],
+            constraints=constraints,
             options={"mip_rel_gap": 0.0},
         )
+    if found.status == _INFEASIBLE:
+        wanted = f"types that decode as fast as one type of {budget_bytes} bytes does"
+        raise InputError(wanted, "none that fit", "--set gguf.rate=0.9")
     if found.x is None:
         raise RuntimeError(f"the integer program was not solved: {found.message}")
     chosen = [options[int(np.argmax(found.x[a:b]))] for options, a, b in zip(useful, starts, starts[1:], strict=False)]
@@ -124,15 +137,33 @@ def curve(tensors: Sequence[Sequence[Option]]) -> list[Point]:
     return points
 
 
+def uniform_cost(tensors: Sequence[Sequence[Option]], budget_bytes: int) -> float | None:
+    """What tensors that all take one type cost at that size: the least of the types of a size, and in proportion
+    between two sizes. None where no type is an option of all."""
+    common = set.intersection(*({option.type for option in options} for options in tensors)) if tensors else set()
+    least: dict[int, float] = {}
+    for name in common:
+        mine = [option for options in tensors for option in options if option.type == name]
+        size, cost = sum(option.nbytes for option in mine), sum(option.cost for option in mine)
+        least[size] = min(cost, least.get(size, cost))
+    if not least:
+        return None
+    sizes = sorted(least)
+    return float(np.interp(budget_bytes, sizes, [least[size] for size in sizes]))
+
+
 def spend(
-    tensors: Mapping[str, Sequence[Option]], budget_bytes: int, besides: int
+    tensors: Mapping[str, Sequence[Option]], budget_bytes: int, besides: int, rate: float | None = None
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the type that each tensor takes by `choose`, and what a report says of the choice.
 
-    That is `budget_bytes`, `predicted_divergence_nats`, `types` with their counts, and some points of the `curve` as
+    With a `rate`, tokens take at most 1 / rate of the time that they take with one type of that size. What is said is `budget_bytes`, `predicted_divergence_nats`, `types` with their counts, and some points of the `curve` as
     (bytes of the file, loss).
     """
-    found, points = choose([*tensors.values()], budget_bytes, besides), curve([*tensors.values()])
+    options = [*tensors.values()]
+    uniform = None if rate is None else uniform_cost(options, budget_bytes - besides)
+    found = choose(options, budget_bytes, besides, uniform / rate if uniform and rate else None)
+    points = curve(options)
     types = dict(zip(tensors, found.types, strict=True))
     return types, {
         "budget_bytes": budget_bytes,
@@ -152,6 +183,15 @@ def undominated(options: Sequence[Option]) -> list[Option]:
     kept: list[Option] = []
     for option in sorted(options, key=lambda option: (option.nbytes, option.loss)):
         if not kept or option.loss < kept[-1].loss:
+            kept.append(option)
+    return kept
+
+
+def _worth_it(options: Sequence[Option]) -> list[Option]:
+    """The options that no other beats in bytes, loss and cost at once, by rising bytes."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.nbytes, option.loss, option.cost)):
+        if not any(other.loss <= option.loss and other.cost <= option.cost for other in kept):
             kept.append(option)
     return kept
 

@@ -27,6 +27,7 @@ from edgekit.stages.imatrix import FILE_NAME as IMATRIX_FILE
 from edgekit.stages.imatrix import read_imatrix
 from edgekit.stages.sensitivity import FILE_NAME as SENSITIVITY_FILE
 from edgekit.stages.sensitivity import read_sensitivity
+from edgekit.target import Target
 
 FILE_NAME = "model.gguf"
 
@@ -82,6 +83,9 @@ class QuantizerParams(StageParams):
 class Params(QuantizerParams, CalibratedParams, BudgetParams):
     """Parameters of `gguf`; the text is read for feedback only."""
 
+    rate: float | None = Field(None, gt=0, le=1)
+    """Within a budget: least decode rate, by the target's `weight_costs`, as a part of that of a file of one type and
+    the same size. Without, only divergence and bytes count."""
     feedback: bool = False
     """Round with error feedback (GPTQ, arXiv:2210.17323) on the types that have a grid; needs the checkpoint."""
 
@@ -95,6 +99,11 @@ class Params(QuantizerParams, CalibratedParams, BudgetParams):
         """The checkpoint is read for feedback, losses for a budget."""
         used = {"checkpoint": self.feedback, "sensitivity": self.has_budget}
         return frozenset(kind for kind, wanted in used.items() if not wanted)
+
+    @property
+    def target_fields(self) -> tuple[str, ...]:
+        """What types cost there, for a budget."""
+        return ("compute.costs",) if self.has_budget else ()
 
     @property
     def tools(self) -> tuple[str, ...]:
@@ -134,7 +143,8 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
         if "sensitivity" not in ctx.side:
             raise InputError("measured losses for a budget", "none", "add `- sensitivity:` before `- gguf:`")
         losses = read_sensitivity(ctx.side["sensitivity"].path / SENSITIVITY_FILE)
-        params, facts = within_budget(source, target, params, imatrix, losses, budget)
+        assert ctx.target is not None
+        params, facts = within_budget(source, target, params, imatrix, losses, budget, ctx.target.compute.costs)
     decision = quantize(source, target, params, imatrix, on_tensor=lambda i, n: ctx.progress(i, n, "tensors"))
     if budget is not None and target.stat().st_size > budget:
         raise ToolError(f"a file of at most {budget} bytes", f"{target.stat().st_size}", "lower the budget a little")
@@ -151,7 +161,7 @@ def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     }
 
 
-def outlook(model: Artifact, side: Mapping[str, Artifact], params: Params) -> Facts | None:
+def outlook(model: Artifact, side: Mapping[str, Artifact], params: Params, target: Target) -> Facts | None:
     """What `run` would choose."""
     budget = params.budget(gguf.read_header(model.path / FILE_NAME).parameters)
     if budget is None or "sensitivity" not in side:
@@ -159,8 +169,8 @@ def outlook(model: Artifact, side: Mapping[str, Artifact], params: Params) -> Fa
     imatrix = read_imatrix(side["imatrix"].path / IMATRIX_FILE) if "imatrix" in side else None
     losses = read_sensitivity(side["sensitivity"].path / SENSITIVITY_FILE)
     with tempfile.TemporaryDirectory() as scratch:
-        source, target = model.path / FILE_NAME, Path(scratch) / FILE_NAME
-        return within_budget(source, target, params, imatrix, losses, budget)[1]
+        source, file = model.path / FILE_NAME, Path(scratch) / FILE_NAME
+        return within_budget(source, file, params, imatrix, losses, budget, target.compute.costs)[1]
 
 
 def _feed_back(ctx: StageContext, params: Params, source: Path, target: Path) -> list[str]:
@@ -177,7 +187,9 @@ def _feed_back(ctx: StageContext, params: Params, source: Path, target: Path) ->
     )
 
 
-def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> tuple[Sequence[Tensor], Sequence[str]]:
+def predict(
+    tensors: Sequence[Tensor], params: Params, side: frozenset[str], *, target: Target | None = None
+) -> tuple[Sequence[Tensor], Sequence[str]]:
     """Ask llama.cpp's quantizer, in a dry run on a skeleton of the model, which type each tensor takes.
 
     The skeleton has the model's tensor names and shapes and no data. It poses as a llama: the quantizer's
@@ -188,11 +200,12 @@ def predict(tensors: Sequence[Tensor], params: Params, side: frozenset[str]) -> 
         gguf.write_skeleton(skeleton, _skeleton_metadata(tensors), [(t.name, t.shape, t.type) for t in tensors])
         # the quantizer only asks whether there is a matrix, not what it says
         imatrix = {"-": np.ones(1, np.float32)} if "imatrix" in side else None
-        target = Path(scratch) / "out.gguf"
+        out = Path(scratch) / "out.gguf"
         budget = params.budget(sum(math.prod(t.shape) for t in tensors))
         if budget is not None:
-            params, _ = within_budget(skeleton, target, params, imatrix, _assumed_losses(tensors), budget)
-        decision = quantize(skeleton, target, params, imatrix, dry_run=True)
+            losses, costs = _assumed_losses(tensors), target.compute.costs if target else {}
+            params, _ = within_budget(skeleton, out, params, imatrix, losses, budget, costs)
+        decision = quantize(skeleton, out, params, imatrix, dry_run=True)
     notes = [
         f"{f['tensor']}: {f['wanted']} does not divide its rows, falls back to {f['found']}" for f in decision.fallbacks
     ]
@@ -206,10 +219,11 @@ def within_budget(
     imatrix: Mapping[str, np.ndarray[Any, np.dtype[np.float32]]] | None,
     losses: Mapping[str, Mapping[str, float]],
     budget: int,
+    costs: Mapping[str, float],
 ) -> tuple[Params, Facts]:
     """Return the parameters with the types that lose least in a file of at most `budget` bytes, and facts on them.
 
-    Tensors without losses, and those that `tensor_types` names, keep what they have. Raises InputError where the
+    `costs` are those of a target by types, which then alone are chosen; without any, a weight costs its bytes. Tensors without losses, and those that `tensor_types` names, keep what they have. Raises InputError where the
     budget is too small.
     """
     header = gguf.read_header(source)
@@ -218,15 +232,25 @@ def within_budget(
     def nbytes(info: gguf.TensorInfo, type_name: str) -> int:
         return -(-gguf.tensor_bytes(type_name, info.shape) // header.alignment) * header.alignment
 
+    untied = any(info.name == "output.weight" for info in header.tensors)
+
+    def cost(info: gguf.TensorInfo, type_name: str) -> float:
+        if untied and info.name == "token_embd.weight":
+            return 0.0  # it is looked up
+        return math.prod(info.shape) * costs[type_name.upper()] if costs else nbytes(info, type_name)
+
     options: dict[str, list[Option]] = {}
     besides = header.data_offset + _ADDED_BYTES
     for info in header.tensors:
         if info.name in losses and not any(re.search(pattern, info.name) for pattern in params.tensor_types):
-            kinds = {_type_name(name): loss for name, loss in params.allowed(losses[info.name]).items()}
-            options[info.name] = [Option(name, nbytes(info, name), loss) for name, loss in kinds.items()]
+            known = {name: loss for name, loss in losses[info.name].items() if not costs or name.upper() in costs}
+            kinds = {_type_name(name): loss for name, loss in params.allowed(known).items()}
+            options[info.name] = [
+                Option(name, nbytes(info, name), loss, cost(info, name)) for name, loss in kinds.items()
+            ]
         else:
             besides += nbytes(info, mix.get(info.name, info.type))
-    types, facts = spend(options, budget, besides)
+    types, facts = spend(options, budget, besides, params.rate)
     named = {"^" + name.replace(".", r"\.") + "$": kind for name, kind in types.items()}
     update = {
         "tensor_types": named | params.tensor_types,
