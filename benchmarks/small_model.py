@@ -68,6 +68,8 @@ def main() -> None:
     tokens = torch.from_numpy(np.concatenate([text[index] for index in order]).astype(np.int64))
     print(f"{len(tokens)} tokens of text", file=sys.stderr)
     torch.manual_seed(0)
+    # by bfloat16 where the processor has units for that
+    torch.set_float32_matmul_precision("medium")
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,

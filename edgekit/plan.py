@@ -184,6 +184,8 @@ def make_plan(
         "task_sha256": tuple(sha256 for name in recipe.tasks if (sha256 := task_sha256(name))),
     }
     steps, result = _resolve_steps(source, recipe, adapters, companion, filled)
+    companions = companion is not None
+    steps = [replace(step, params=step.stage.resolve(step.params, shape, companion=companions)) for step in steps]
     for step in steps:
         _check_texts(step, shape)
     beside = 0 if companion is None else _companion_bytes(companion, shape, target, steps, context, kv_type)

@@ -183,6 +183,15 @@ class Stage:
         result: tuple[Sequence[Tensor], Sequence[str]] = function(tensors, params, side, **known)
         return result
 
+    def resolve(self, params: StageParams, shape: Any, *, companion: bool) -> StageParams:
+        """Parameters with what they left open decided for a model of this `ModelShape`, with a companion or without.
+
+        A stage module states this as a function `resolve` of the same arguments. Without one, nothing is open.
+        """
+        function = getattr(sys.modules[self.run.__module__], "resolve", None)
+        found: StageParams = function(params, shape, companion=companion) if function else params
+        return found
+
     def outlook(
         self, model: Artifact, side: Mapping[str, Artifact], params: StageParams, target: Target
     ) -> Facts | None:

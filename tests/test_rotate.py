@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from safetensors.numpy import load_file
 
 from edgekit.artifact import Artifact
 from edgekit.errors import InputError
+from edgekit.model import model_shape, resolve_model
+from edgekit.stages import rotate
 from edgekit.store import Store
 
 ROTATED = """\
@@ -82,3 +85,38 @@ def test_a_model_with_norms_after_its_layers_is_refused(bundles: Any, tmp_path: 
     model = tiny.write_checkpoint(tmp_path / "gemma", "gemma3_text")
     with pytest.raises(InputError, match="feedforward_layernorm"):
         rotated(bundles.store, model, recipe)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-biases", "qwen3"])
+def test_values_alone_are_turned_at_no_cost(bundles: Any, tiny_tied: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rotated.yaml"
+    path.write_text(ROTATED.replace("rotate: {}", "rotate: {residual: false}"))
+    model = tiny.write_checkpoint(tmp_path / "model", kind)
+    _, turned = rotated(bundles.store, model, str(path))
+    assert turned.facts["divergence_nats"] < 1e-4
+    before, after = load_file(model / "model.safetensors"), load_file(turned.path / "model.safetensors")
+    moved = {name.split(".")[-2] for name in before if not np.array_equal(before[name], after[name])}
+    assert moved == {"v_proj", "o_proj"}
+    assert turned.facts["parameters"] == sum(tensor.size for tensor in before.values())
+    kept, tied = rotated(bundles.store, tiny_tied, str(path))
+    assert json.loads((tied.path / "config.json").read_text())["tie_word_embeddings"]
+    assert "output.weight" not in {tensor.name for tensor in tiny.plan_of(tiny_tied, str(path)).tensors}
+    assert kept.evaluations
+
+
+def test_the_plan_turns_the_stream_where_the_head_s_bytes_pay(tiny_hf: Path, tiny_tied: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rotated.yaml"
+    path.write_text(ROTATED.replace("rotate: {}", "rotate: {residual: auto}"))
+
+    def turns(model: Path) -> bool:
+        step = next(step for step in tiny.plan_of(model, str(path)).steps if step.stage.name == "rotate")
+        return bool(step.params.residual)
+
+    assert turns(tiny_hf)
+    assert turns(tiny_tied)  # its head is small
+    shape = model_shape(resolve_model(str(tiny_tied)).artifact)
+    params = rotate.Params(residual="auto")
+    small, large = (replace(shape, parameters=n * shape.vocabulary * shape.hidden) for n in (9, 10))
+    assert rotate.resolve(params, small, companion=False).residual is False
+    assert rotate.resolve(params, large, companion=False).residual is True
+    assert rotate.resolve(params, large, companion=True).residual is False

@@ -1,7 +1,8 @@
 """Which type each tensor takes when the file may have so many bytes: the least predicted loss, exactly.
 
 Each tensor takes one of its options; losses add up. That is the multiple-choice knapsack problem (Kellerer, Pferschy
-and Pisinger, Knapsack Problems, chapter 11), solved as an integer program by HiGHS. Time to decode may be a second bound.
+and Pisinger, Knapsack Problems, chapter 11), solved as an integer program by HiGHS. The time of a token may be bounded
+too.
 """
 
 from __future__ import annotations
@@ -157,8 +158,9 @@ def spend(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the type that each tensor takes by `choose`, and what a report says of the choice.
 
-    With a `rate`, tokens take at most 1 / rate of the time that they take with one type of that size. What is said is `budget_bytes`, `predicted_divergence_nats`, `types` with their counts, and some points of the `curve` as
-    (bytes of the file, loss).
+    With a `rate`, tokens take at most 1 / rate of the time that they take with one type of that size. What is said is
+    `budget_bytes`, `predicted_divergence_nats`, `types` with their counts, and some points of the `curve`, which knows
+    no rate, as (bytes of the file, loss).
     """
     options = [*tensors.values()]
     uniform = None if rate is None else uniform_cost(options, budget_bytes - besides)

@@ -223,8 +223,9 @@ def within_budget(
 ) -> tuple[Params, Facts]:
     """Return the parameters with the types that lose least in a file of at most `budget` bytes, and facts on them.
 
-    `costs` are those of a target by types, which then alone are chosen; without any, a weight costs its bytes. Tensors without losses, and those that `tensor_types` names, keep what they have. Raises InputError where the
-    budget is too small.
+    `costs` are those of a target by types, which then alone are chosen; without any, a weight costs its bytes. Tensors
+    without losses, and those that `tensor_types` names, keep what they have. Raises InputError where the budget is too
+    small.
     """
     header = gguf.read_header(source)
     mix = quantize(source, target, params, imatrix, dry_run=True).types
