@@ -1,0 +1,206 @@
+"""GGUF: a budget spent by us beside every preset of llama.cpp's quantizer, and decode rates beside uniform types.
+
+Both sides get the same f16 file, the same importance matrix and the same calibration text. The quantizer runs in this
+process and is upstream's bit for bit (see fidelity.py). Ours is the stage `gguf` of the recipe `gguf-best`.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from _judge import Goal, Pair, Part, Row, artifact_of, beside, judge, made
+
+from edgekit.engine import EngineOptions, Entry
+from edgekit.engines.llama_cpp import open_model
+from edgekit.errors import InputError
+from edgekit.measure.divergence import Reference
+from edgekit.measurement import median_interval
+from edgekit.model import Source
+from edgekit.recipe import Overrides, find_recipe
+from edgekit.stage import StageContext, find_stage
+from edgekit.stages.gguf import FILE_NAME, Params, quantize
+from edgekit.stages.imatrix import FILE_NAME as IMATRIX_FILE
+from edgekit.stages.imatrix import read_imatrix
+from edgekit.store import Store
+
+PRESETS = (
+    "Q2_K", "IQ3_XS", "Q3_K_S", "IQ3_M", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_K_S",
+    "Q5_K_M", "Q6_K",
+)  # fmt: skip
+PURE = "-pure"
+"""Ends the name of a preset whose one type every matrix takes."""
+UNIFORM = ("Q2_K", "Q3_K_S", "Q4_0", "Q4_1", "Q4_K_S", "Q5_0", "Q5_1", "Q5_K_S", "Q6_K", "Q8_0")
+"""Types to compare rates with; of equal sizes the first is taken, which llama.cpp runs fastest."""
+LEAST, MOST = 3.3, 6.6
+"""Bits for each weight of the sizes that the mean is over."""
+
+
+class Gguf:
+    """The files of both sides, from one model."""
+
+    def __init__(self, source: Source, overrides: Overrides, scratch: Path) -> None:
+        store = Store.default()
+        # whatever `gguf` is told, what goes into it is the same
+        before = {key: value for key, value in overrides.items() if key[0] != "gguf"}
+        plan, built = made(source, "gguf-best", before, store, {})
+        recipe = find_recipe("gguf-best", overrides)
+        self.params = next(params for stage, params in recipe.stages if stage.name == "gguf")
+        kinds = ("checkpoint", "convert", "imatrix", "sensitivity")
+        self.given = {kind: artifact_of(store, built, kind) for kind in kinds}
+        self.weights = int(self.given["checkpoint"].facts["parameters"])
+        self.imatrix = read_imatrix(self.given["imatrix"].path / IMATRIX_FILE)
+        self.context = StageContext(store, self.given, plan.target)
+        self.scratch = scratch
+
+    def theirs(self, preset: str) -> tuple[Path, float]:
+        """The file of a preset, and the seconds that the quantizer took."""
+        path, begun = self.scratch / f"llama-{preset}.gguf", time.perf_counter()
+        settings = {"type": preset.removesuffix(PURE), "pure": preset.endswith(PURE)}
+        quantize(self.given["convert"].model_path, path, Params.model_validate(settings), self.imatrix)
+        return path, time.perf_counter() - begun
+
+    def ours(self, name: str, budget: int) -> tuple[Path, float, dict[str, Any]]:
+        """Our file of at most `budget` bytes, the seconds from the losses on, and the stage's facts."""
+        out, begun = self.scratch / f"ours-{name}", time.perf_counter()
+        out.mkdir()
+        params = self.params.model_copy(update={"budget_bytes": budget, "bits_per_weight": None})
+        facts = find_stage("gguf").run(self.given["convert"], out, params, self.context)
+        seconds = time.perf_counter() - begun
+        path = (out / FILE_NAME).rename(self.scratch / f"ours-{name}.gguf")
+        out.rmdir()
+        return path, seconds, facts
+
+
+def decode_rate(path: Path, tokens: int = 48, ahead: int = 8) -> float:
+    """Tokens a second, one after the other, on one thread, after some that are not counted."""
+    with open_model(path, EngineOptions(context_tokens=256, threads=1)) as engine:
+        sequence, token, begun = engine.start(), 1, 0.0
+        for step in range(tokens + ahead):
+            if step == ahead:
+                begun = time.perf_counter()
+            token = int(engine.step([Entry(sequence, token)]).logits[0].argmax())
+        return tokens / (time.perf_counter() - begun)
+
+
+def rate_ratios(ours: Path, peers: Sequence[Path], turns: int) -> list[tuple[float, float, float]]:
+    """Our decode rate to each peer's: median and interval of the ratios within a turn."""
+    found: list[list[float]] = []
+    for turn in range(turns):
+        # who goes first alternates, so that a slow drift of the machine favours neither
+        order = list(dict.fromkeys((ours, *peers)))[:: -1 if turn % 2 else 1]
+        rates = {path: decode_rate(path) for path in order}
+        found.append([rates[ours] / rates[peer] for peer in peers])
+    return [median_interval(ratios) for ratios in zip(*found, strict=True)]
+
+
+def measure(
+    source: Source,
+    laws: dict[str, Reference],
+    scratch: Path,
+    *,
+    overrides: Overrides,
+    presets: Sequence[str] = PRESETS,
+    rate_turns: int = 0,
+    keep: bool = False,
+) -> Part:
+    """Write every preset and our file of its bytes, and judge both; decode rates in so many turns."""
+    gguf = Gguf(source, overrides, scratch)
+    part = Part()
+    uniform = {name + PURE: gguf.theirs(name + PURE)[0] for name in UNIFORM} if rate_turns else {}
+    for preset in presets:
+        path, seconds = uniform.get(preset), 0.0
+        if path is None:
+            path, seconds = gguf.theirs(preset)
+        nbytes = path.stat().st_size
+        if any(row.nbytes == nbytes and not row.ours for row in part.rows):
+            continue  # another name of the same types
+        facts: dict[str, Any] = {"bits_per_weight": 8 * nbytes / gguf.weights, "rounding_s": seconds}
+        theirs = Row("gguf", preset, False, nbytes, judge("llama_cpp", path, laws), facts)
+        part.rows.append(theirs)
+        try:
+            written, seconds, stage_facts = gguf.ours(preset, nbytes)
+        except InputError as error:
+            print(f"{preset}: no file of ours, {error.wanted}, found {error.found}", file=sys.stderr)
+            continue
+        size = written.stat().st_size
+        facts = {"bits_per_weight": 8 * size / gguf.weights, "rounding_s": seconds, **_kept(stage_facts)}
+        ours = Row("gguf", f"ours-{preset}", True, size, judge("llama_cpp", written, laws), facts)
+        part.rows.append(ours)
+        peers = {"preset": path}
+        if uniform:
+            smaller = {name: other for name, other in uniform.items() if other.stat().st_size <= nbytes}
+            if smaller:
+                name = max(smaller, key=lambda name: smaller[name].stat().st_size)
+                peers[name] = smaller[name]
+        rates = rate_ratios(written, list(peers.values()), rate_turns) if rate_turns else []
+        part.pairs.append(beside(ours, theirs, rates=dict(zip(peers, rates, strict=False))))
+        told = ", ".join(f"{domain} {theirs.loss[domain]} ours {ours.loss[domain]}" for domain in laws)
+        print(f"gguf {preset}: {told}", file=sys.stderr, flush=True)
+        if not keep:
+            written.unlink()
+            if path not in uniform.values():
+                path.unlink()
+    if not keep:
+        for path in uniform.values():
+            path.unlink()
+    part.pairs[:] = [_best_up_to(pair, part.rows) for pair in part.pairs]
+    part.goals.extend(_goals(part, list(laws)))
+    return part
+
+
+def _kept(facts: dict[str, Any]) -> dict[str, Any]:
+    return {name: facts[name] for name in ("predicted_divergence_nats", "types") if name in facts}
+
+
+def _best_up_to(pair: Pair, rows: Sequence[Row]) -> Pair:
+    """The pair with its losses against the best preset of no more bytes: a larger one is sometimes worse."""
+    peer = next(row for row in rows if row.name == pair.peer)
+    ours = next(row for row in rows if row.name == pair.ours)
+    below = [row for row in rows if not row.ours and row.nbytes <= peer.nbytes]
+    loss = {domain: found.nats / min(row.loss[domain].nats for row in below) for domain, found in ours.loss.items()}
+    return Pair(pair.part, pair.ours, pair.peer, pair.nbytes, loss, pair.facts)
+
+
+def _goals(part: Part, domains: Sequence[str]) -> list[Goal]:
+    goals = []
+    bits = {row.name: row.facts["bits_per_weight"] for row in part.rows}
+    inside = [pair for pair in part.pairs if LEAST <= bits[pair.peer] <= MOST]
+    paired = {pair.peer for pair in part.pairs}
+    lacking = [row.name for row in part.rows if not row.ours and row.name not in paired]
+    for domain in domains:
+        ratios = [pair.loss[domain] for pair in inside]
+        if ratios:
+            mean = math.exp(statistics.fmean(map(math.log, ratios)))
+            text = f"{domain}: geometric mean of KLD to the best preset of no more bytes <= 0.45, six sizes or more"
+            enough = len(ratios) >= 6
+            found = f"{mean:.3f} over {len(ratios)} sizes of {LEAST} to {MOST} bits"
+            goals.append(Goal("gguf", text, found, mean <= 0.45 if enough else None))
+        every = {pair.peer: pair.loss[domain] for pair in part.pairs}
+        if every:
+            worst = max(every, key=lambda name: every[name])
+            found = f"{every[worst]:.3f} at {worst}" + "".join(f", none for {name}" for name in lacking)
+            met = every[worst] <= 0.8 and not lacking
+            goals.append(Goal("gguf", f"{domain}: KLD <= 0.8 of it at every size", found, met))
+    if part.pairs:
+        slack = [1 - pair.nbytes for pair in part.pairs]
+        found = f"{min(slack):.3%} to {max(slack):.3%} below"
+        met = min(slack) >= 0 and max(slack) <= 0.005
+        goals.append(Goal("gguf", "bytes within 0.5% below the budget, never above", found, met))
+    rates = {
+        f"{pair.ours} to {name}": rate
+        for pair in part.pairs
+        for name, rate in pair.facts["rates"].items()
+        if name != "preset"
+    }
+    if rates:
+        slowest = min(rates, key=lambda name: rates[name][0])
+        ratio, low, high = rates[slowest]
+        found = f"{ratio:.3f} [{low:.3f}, {high:.3f}], {slowest}"
+        goals.append(Goal("gguf", "decode rate >= 0.97 of the uniform type of at most the size", found, ratio >= 0.97))
+    return goals
