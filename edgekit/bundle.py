@@ -183,7 +183,11 @@ def open_bundle(path: Path) -> Bundle:
     """Read a bundle's manifest and settings. Raises InputError when the directory is not a bundle."""
     if not (path / MANIFEST).is_file():
         found = f"no {MANIFEST} in {path}" if path.is_dir() else f"{path}, a file" if path.exists() else f"no {path}"
-        raise InputError("a bundle directory", found, "edgekit build --target local")
+        # `edgekit build --out dist` puts a bundle for each target there
+        inside = next((found.parent for found in sorted(path.glob(f"*/{MANIFEST}"))), None)
+        raise InputError(
+            "a bundle directory", found, f"name one: {inside}" if inside else "edgekit build --target local"
+        )
     manifest = _read(path / MANIFEST, BundleManifest)
     settings = _read(path / SETTINGS, Settings)
     for name in (*manifest.files, *manifest.measurements, *settings.paths):

@@ -78,7 +78,12 @@ def _metric(
 COSTS = (
     Metric("cost", HEADLINE, "lower", Tolerance(share=0.05), (), "1M output tokens"),
     Metric(
-        "cost-per-answer", "cost_per_1000_correct_answers", "lower", Tolerance(share=0.05), (), "1,000 right answers"
+        "cost-per-answer",
+        "cost_per_1000_correct_answers",
+        "lower",
+        Tolerance(share=0.05),
+        ("task",),
+        "1,000 right answers",
     ),
 )
 METRICS = (
@@ -339,15 +344,21 @@ def _unlike(metric: Metric, first: Report, base: Measurement, report: Report, ou
         if first.model.get("digest") != report.model.get("digest"):
             return "measured against another source model"
         return "measured on another text or other windows"
-    if "task" in metric.like:
-        tasks = [next(((s.task, s.problems) for s in r.strategies if s.chosen), None) for r in (first, report)]
-        if tasks[0] is None or tasks[1] is None:
-            return "the report does not say on which task"
-        if tasks[0] != tasks[1]:
-            return f"on {tasks[1][1]} problems of {tasks[1][0]}, the baseline on {tasks[0][1]} of {tasks[0][0]}"
+    if "task" in metric.like and (why := _other_task(first, report)):
+        return why
     if "machine" in metric.like and (base.device is None or base.device != ours.device):
         words, unnamed = "measured on" if base.kind == "measured" else "predicted for", "a machine that is not named"
         return f"{words} {ours.device or unnamed}; the baseline: {base.device or unnamed}"
+    return ""
+
+
+def _other_task(first: Report, report: Report) -> str:
+    """Why accuracies of two builds are not of the same problems; empty where they are."""
+    tasks = [next(((s.task, s.problems) for s in r.strategies if s.chosen), None) for r in (first, report)]
+    if tasks[0] is None or tasks[1] is None:
+        return "the report does not say on which task"
+    if tasks[0] != tasks[1]:
+        return f"on {tasks[1][1]} problems of {tasks[1][0]}, the baseline on {tasks[0][1]} of {tasks[0][0]}"
     return ""
 
 
@@ -450,6 +461,7 @@ def _cost_rows(scenario: Scenario, builds: Sequence[Build], tolerances: Mapping[
     for metric in COSTS:
         tolerance = tolerances.get(metric.name, metric.tolerance)
         costs = [_cost(metric, build, scenario, index) for index, build in enumerate(builds)]
+        unlike = [_other_task(builds[0].report, build.report) if "task" in metric.like else "" for build in builds]
         for kind in sorted({one.kind for one in costs if one}):
             row = Row(
                 metric=metric.name,
@@ -459,7 +471,10 @@ def _cost_rows(scenario: Scenario, builds: Sequence[Build], tolerances: Mapping[
                 kind=kind,
                 better=metric.better,
                 tolerance=tolerance,
-                cells=tuple(_cost_cell(metric, tolerance, kind, costs[0], one) for one in costs),
+                cells=tuple(
+                    _cost_cell(metric, tolerance, kind, costs[0], one, why)
+                    for one, why in zip(costs, unlike, strict=True)
+                ),
             )
             first = row.cells[0].figure
             rows.append(row.model_copy(update={"cells": (Cell(figure=first), *row.cells[1:])}))
@@ -482,7 +497,9 @@ def _cost(metric: Metric, build: Build, scenario: Scenario, index: int) -> _Cost
     return _Cost(Figure(value=scale * stated.value, low=float(low), high=float(high)), stated.kind, draws)
 
 
-def _cost_cell(metric: Metric, tolerance: Tolerance, kind: Kind, base: _Cost | None, ours: _Cost | None) -> Cell:
+def _cost_cell(
+    metric: Metric, tolerance: Tolerance, kind: Kind, base: _Cost | None, ours: _Cost | None, unlike: str
+) -> Cell:
     if ours is None:
         return Cell(figure=None, outcome="missing", why=_GONE) if base and base.kind == kind else Cell(figure=None)
     if base is None:
@@ -492,6 +509,8 @@ def _cost_cell(metric: Metric, tolerance: Tolerance, kind: Kind, base: _Cost | N
         return Cell(figure=ours.figure if ours.kind == kind else None, outcome="not compared", why=why)
     if ours.kind != kind:
         return Cell(figure=None)
+    if unlike:
+        return Cell(figure=ours.figure, outcome="not compared", why=unlike)
     low, high = np.percentile(ours.draws - base.draws, PERCENTILES)
     return _judge(metric, tolerance, base.figure, ours.figure, paired=(float(low), float(high)))
 

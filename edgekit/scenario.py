@@ -177,7 +177,10 @@ class Scenario(Strict):
     @model_validator(mode="after")
     def _names_are_known_and_unique(self) -> Scenario:
         if self.region not in self.regions:
-            raise ValueError(f"region {self.region!r} is not one of regions{suggest(self.region, self.regions)}")
+            known = ", ".join(self.regions)
+            raise ValueError(
+                f"region {self.region!r} is not one of regions: {known}{suggest(self.region, self.regions)}"
+            )
         names = [offer.name for offer in self.offers]
         if len(set(names)) < len(names):
             raise ValueError("two offers of cloud and api have the same name")

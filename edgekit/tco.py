@@ -296,6 +296,9 @@ def read_build(name: str, report: Report, target: Target | None, scenario: Scena
         raise InputError(f"figures of {name} within bounds", str(problem), "build it again") from None
     if inputs["hardware.busy_w"].kind == "predicted":
         notes.append("Energy is predicted from a power figure of the target; it was not measured.")
+    elif scenario.hardware.busy_w is None and (energy := _on_target(report, ENERGY)):
+        covers = (energy.note or "what covers is not said").partition(";")[0]
+        notes.append(f"Energy is what a sensor told ({covers}): losses between it and the socket are in no cost.")
     return Build(name, report, dict(sorted(inputs.items())), tuple(notes))
 
 
@@ -339,7 +342,11 @@ def _work_factor(report: Report) -> tuple[Input, str]:
         note = "The report has no plain answer to compare the strategy with: its further work is not in these costs."
         return Input(value=1, source="no plain answer in the report"), note
     source = f"the build's report: time of an answer by {_words(chosen)} over {_words(plain[0])}, on {chosen.task}"
-    return Input(value=chosen.answer_s / plain[0].answer_s, source=source, kind="predicted"), ""
+    factor = Input(value=chosen.answer_s / plain[0].answer_s, source=source, kind="predicted")
+    if chosen.strategy == plain[0].strategy:
+        return factor, ""
+    note = f"An answer by {_words(chosen)} takes {factor.value:.3g} times as long as by {_words(plain[0])} (predicted)"
+    return factor, f"{note}: verifier and discarded candidates are in every cost."
 
 
 def _words(row: StrategyResult) -> str:

@@ -247,6 +247,18 @@ def test_a_missing_file_is_called_missing(bundle: Path, name: str) -> None:
     told(tiny.edgekit("validate", bundle), 5, f"the file {bundle / name}", "no such file")
 
 
+@pytest.mark.parametrize(
+    ("out", "advice"),
+    [("mine.yaml", "--out mine-2.yaml"), ("other.txt", "--out other.yaml"), ("a/b.yaml", "mkdir -p a")],
+)
+def test_a_profile_goes_where_the_advice_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, out: str, advice: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("mine")
+    told(tiny.edgekit("targets", "probe", "--out", out), 2, f"next: {advice}")
+
+
 def test_what_is_wrong_with_a_bundle_is_said_of_the_right_file(bundle: Path, tmp_path: Path) -> None:
     settings, manifest = bundle / "settings.json", bundle / "manifest.json"
     good = settings.read_text()
@@ -261,6 +273,11 @@ def test_what_is_wrong_with_a_bundle_is_said_of_the_right_file(bundle: Path, tmp
     told(tiny.edgekit("run", bundle, "hi"), 2, f"{manifest}: edgekit_version: is required", "and 6 more")
     manifest.unlink()
     told(tiny.edgekit("run", bundle, "hi"), 2, f"no manifest.json in {bundle}")
+    # the directory that `edgekit build --out` was given: the bundle in it is named
+    manifest.touch()
+    (bundle / "report.json").touch()
+    told(tiny.edgekit("run", bundle.parent, "hi"), 2, f"name one: {bundle}")
+    told(tiny.edgekit("tco", bundle.parent, "-s", "factory-cell"), 2, f"name one: {bundle}")
     told(tiny.edgekit("run", settings, "hi"), 2, f"{settings}, a file")
     told(tiny.edgekit("run", tmp_path / "nowhere", "hi"), 2, f"no {tmp_path / 'nowhere'}")
 

@@ -356,6 +356,12 @@ def test_dominance_against_brute_force(places: list[tuple[int, int]]) -> None:
     free = sum(not point.dominated_by for point in front.points)
     assert svg.count('class="front"') == 2 * (free - 1)
     assert svg.count('class="dot"') == free
+    # builds in one place share a label: numbers on top of each other could not be read
+    labels = re.findall(r'class="who" (x="\S+" dx="8" y="\S+")>([^<]*)<', svg)
+    assert len({place for place, _ in labels}) == len(labels)
+    assert sorted(number for _, text in labels for number in text.split(", ")) == [
+        str(n + 1) for n in range(len(places))
+    ]
 
 
 def test_higher_is_better_where_it_is() -> None:
@@ -436,6 +442,21 @@ def test_a_cost_is_certain_by_its_paired_draws() -> None:
     assert row.cells[1].outcome == "worse"
     assert row.cells[1].difference_low is not None
     assert row.cells[1].difference_low > 0
+
+
+@pytest.mark.parametrize(("task", "outcome"), [("arithmetic", "worse"), ("gsm8k", "not compared")])
+def test_right_answers_to_other_questions_have_another_price(task: str, outcome: str) -> None:
+    def answering(seconds: float, asked: str) -> Report:
+        rates = (predicted("decode_tokens_per_s", 10.0), predicted("prefill_tokens_per_s", 100.0))
+        accuracy = measured("task_accuracy", 0.5, "ratio", 0.1, n=40)
+        return report(*rates, accuracy, predicted("answer_s", seconds, "s"), strategies=(strategy(asked),))
+
+    found = cost_comparison(answering(1.0, "arithmetic"), answering(60.0, task))
+    (row,) = (row for row in found.rows if row.metric == "cost-per-answer")
+    assert row.cells[1].outcome == outcome
+    assert row.cells[1].why == (
+        "" if outcome == "worse" else "on 40 problems of gsm8k, the baseline on 40 of arithmetic"
+    )
 
 
 def test_costs_of_another_kind_are_not_compared() -> None:

@@ -286,6 +286,15 @@ def test_costs_move_the_way_they_must(price: float, more: float, tokens: float, 
     assert busier.cost_per_1m(busier.utilisation) < base.cost_per_1m(base.utilisation)
     assert busier.running_per_year(busier.utilisation) > base.running_per_year(base.utilisation)
     assert busier.break_even_months(service) <= base.break_even_months(service)
+    for part, elsewhere in (("input", 0.0), ("output", 1e3)):
+        dear = service.model_dump() | {f"price_per_1m_{part}_tokens": 2e4}
+        asked = {"load__input_tokens_per_day": tokens, "api": [dear]}
+        cheap = at(**{**asked, "api": [dear | {f"price_per_1m_{part}_tokens": elsewhere}]})
+        assert at(**asked).break_even_months(service) < cheap.break_even_months(service)
+        assert at(**asked).npv(service) > cheap.npv(service)
+    power = at(regions__here__energy_price_per_kwh=0.25 * more)
+    assert power.present_cost > base.present_cost
+    assert power.break_even_months(service) >= base.break_even_months(service)
     assert base.cost_per_1m(0.25) > base.cost_per_1m(0.5) > base.cost_per_1m(1.0)
 
 
@@ -455,6 +464,8 @@ def test_a_companion_s_work_is_paid_for() -> None:
     yearly = judged.cost_per_1m(0.5) * judged.devices * 0.5 * tco.SECONDS_PER_YEAR / judged.output_token_s / 1e6
     answers = judged.devices * 0.5 * tco.SECONDS_PER_YEAR / 6.0
     assert judged.cost_per_correct_answer(0.5) == pytest.approx(yearly / answers / 0.8)
+    told = read_build("b", report(*measurements, strategies=rows), None, scenario()).notes
+    assert any("weighted with 8 candidates takes 3 times as long as by greedy (predicted)" in note for note in told)
     alone = read_build("b", report(*measurements, strategies=rows[1:]), None, scenario())
     assert alone.inputs["build.work_factor"].value == 1
     assert any("no plain answer" in note for note in alone.notes)
@@ -512,10 +523,14 @@ def test_idle_power_is_a_share_of_busy_power_where_nobody_states_it() -> None:
 
 def test_measured_energy_comes_before_the_profile_s_power() -> None:
     joules = figure("energy_j_per_token", 0.9, "J/token", "measured", device=BOARD, ci_low=0.8, ci_high=1.0)
+    joules = joules.model_copy(update={"note": "board: the power chip, read every 0.25 s; idle power is in it"})
     made = report(*report().measurements, joules)
-    watts = read_build("b", made, find_target("raspberry-pi-5"), unstated()).inputs["hardware.busy_w"]
+    build = read_build("b", made, find_target("raspberry-pi-5"), unstated())
+    watts = build.inputs["hardware.busy_w"]
     assert (watts.value, watts.low, watts.high) == pytest.approx((9, 8, 10))
     assert watts.kind == "measured"
+    assert any("(board: the power chip, read every 0.25 s)" in note for note in build.notes)
+    assert not any("sensor" in note for note in read_build("b", made, None, scenario()).notes)
 
 
 @pytest.mark.parametrize(
@@ -568,7 +583,7 @@ def test_an_unknown_field_is_refused_with_file_and_line(tmp_path: Path) -> None:
         ({"pue": 0.9}, "pue: must lie between 1 and 10"),
         ({"years": True}, "years"),
         ({"years": {"value": 3, "low": 3, "high": 51}}, "must lie between"),
-        ({"region": "ther"}, "region 'ther' is not one of regions"),
+        ({"region": "ther"}, "region 'ther' is not one of regions: here"),
         ({"utilisation": [0.5, 1.5]}, "utilisation"),
         ({"discount_rate": float("inf")}, "discount_rate"),
         ({"currency": "dollars"}, "currency"),
@@ -660,10 +675,24 @@ def test_the_command_end_to_end(two: list[Path], tmp_path: Path) -> None:
             assert offer.cumulative[lower] <= c.cumulative[lower]
             assert offer.cumulative[upper] >= c.cumulative[upper]
     table = list(csv.reader(io.StringIO((out / "tco.csv").read_text())))
-    assert table[0] == ["build", "figure", "value", "low", "high", "kind"]
-    assert {len(row) for row in table} == {6}
-    (headline,) = [row for row in table if row[:2] == ["judged", tco.HEADLINE]]
-    assert float(headline[2]) == c.figures[tco.HEADLINE].value
+    assert table[0] == ["build", "currency", "figure", "value", "low", "high", "kind", "source"]
+    assert {len(row) for row in table} == {8}
+    (headline,) = [row for row in table if row[:3] == ["judged", "USD", tco.HEADLINE]]
+    assert float(headline[3]) == c.figures[tco.HEADLINE].value
+    # every input stands in every file with its source
+    (price,) = [
+        row for row in table if row[0] == "judged" and row[2] == "input api.large-model.price_per_1m_input_tokens"
+    ]
+    assert (float(price[3]), price[6]) == (2.5, "assumed")
+    assert price[7] in (out / "tco.md").read_text()
+    assert price[7] in (out / "tco.html").read_text()
+    # beside what owning costs stands what the offers do: 200,000 prompt tokens come with 30,000 of answers
+    text, bought = result.output, 10 + 2.5 * 200 / 30
+    assert c.alternatives[-1].cost_per_1m_output_tokens.value == pytest.approx(bought)
+    elsewhere = text[text.index("1M bought elsewhere, USD") : text.index("Break-even, months")]
+    assert re.search(rf"large-model +{bought:.1f} ", elsewhere)
+    assert text.count("5% busy") == 2 * text.count("100% busy") == 4  # 25% busy is one, too
+    assert "1,000 right answers by busy time, USD" in (out / "tco.md").read_text()
     text = (out / "tco.md").read_text()
     assert "| `hardware.price` | all | 125 |" in text
     assert text.count("predicted") > 2

@@ -396,6 +396,7 @@ def front_svg(comparison: Comparison, front: Front) -> str:
         ):
             place = f'x1="{x(x1):.3f}%" x2="{x(x2):.3f}%" y1="{y(y1):.1f}" y2="{y(y2):.1f}"'
             body.append(f'<line class="front" {place}/>')
+    labels: dict[tuple[str, str], list[str]] = {}
     for at, point in enumerate(front.points):
         place = f"{x(point.x.value):.3f}%"
         name = fig.clean(comparison.builds[point.build].name)
@@ -409,7 +410,9 @@ def front_svg(comparison: Comparison, front: Front) -> str:
         )
         # below where it is dominated: what dominates it may lie close
         label_y = y(point.y.value) + (18 if point.dominated_by else -8)
-        body.append(f'<text class="who" x="{place}" dx="8" y="{label_y:.1f}">{point.build + 1}</text>')
+        labels.setdefault((place, f"{label_y:.1f}"), []).append(str(point.build + 1))
+    for (place, level), numbers in labels.items():
+        body.append(f'<text class="who" x="{place}" dx="8" y="{level}">{", ".join(numbers)}</text>')
     return fig.svg("columns", base + 26, fig.clean(front_title(front)), body)
 
 

@@ -24,7 +24,7 @@ from edgekit.tco import HEADLINE, PARTS, BuildCosts, Costs, Estimate, InputRow
 
 T = TypeVar("T", bound=Hashable)
 
-BUILD_LINES, OFFER_LINES = 4, 4
+BUILD_LINES, OFFER_LINES = 6, 8
 """Line styles of the page's style sheet."""
 LONGEST_TORNADO = 8
 
@@ -88,11 +88,28 @@ def rows(costs: Costs) -> list[Row]:
             Cell(f"{mark(one.kind)}{fig.number(one.total)} ({fig.number(one.marginal)})", "", one.kind) for one in at
         )
         found.append(Row(f"{at[0].share * 100:g}% busy", cells))
+    found += _right_answers(costs)
     offers = list(zip(*(build.alternatives for build in costs.builds), strict=True))
+    found += [Row(f"1M bought elsewhere, {currency}")] if offers else []
+    found += [Row(o[0].name, tuple(_cell(one.cost_per_1m_output_tokens) for one in o)) for o in offers]
     found += [Row("Break-even, months")] if offers else []
     found += [Row(o[0].name, tuple(_months(one.break_even_months) for one in o)) for o in offers]
     found += [Row(f"Net present value, {currency}")] if offers else []
     found += [Row(o[0].name, tuple(_cell(one.npv) for one in o)) for o in offers]
+    return found
+
+
+def _right_answers(costs: Costs) -> list[Row]:
+    """Their cost at each share of busy time, where a build's accuracy is known."""
+    found = [Row(f"1,000 right answers by busy time, {costs.scenario['currency']}")]
+    for at in zip(*(build.utilisation for build in costs.builds), strict=True):
+        told = [(one.cost_per_correct_answer, one.kind) for one in at]
+        if all(cost is None for cost, _ in told):
+            return []
+        cells = (
+            None if cost is None else Cell(f"{mark(kind)}{fig.number(1000 * cost)}", "", kind) for cost, kind in told
+        )
+        found.append(Row(f"{at[0].share * 100:g}% busy", tuple(cells)))
     return found
 
 
@@ -163,26 +180,29 @@ def to_json(costs: Costs) -> str:
 
 
 def to_csv(costs: Costs) -> str:
-    """One line for each figure of each build: figure, unit, value, interval, kind."""
+    """One line for each figure and each input of each build; names say the unit, costs are in the currency."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("build", "figure", "value", "low", "high", "kind"))
+    writer.writerow(("build", "currency", "figure", "value", "low", "high", "kind", "source"))
     for build in costs.builds:
+        start = _plain(build.name), costs.scenario["currency"]
         for name, one in _figures(build):
             values = ["" if value is None else repr(value) for value in (one.value, one.low, one.high)]
-            writer.writerow((_plain(build.name), _plain(name), *values, one.kind))
+            writer.writerow((*start, _plain(name), *values, one.kind, "computed"))
+        for row in build.inputs:
+            values = [repr(value) for value in (row.value, row.low, row.high)]
+            writer.writerow((*start, _plain(f"input {row.name}"), *values, row.kind, _plain(row.source)))
     return buffer.getvalue()
 
 
 def _figures(build: BuildCosts) -> Iterator[tuple[str, Estimate]]:
     yield from build.figures.items()
     for at in build.utilisation:
-        for part in ("fixed", "marginal", "total"):
-            value = getattr(at, part)
-            yield (
-                f"{part}_per_1m_output_tokens at {at.share:g}",
-                Estimate(value=value, low=None, high=None, kind=at.kind),
-            )
+        values = {f"{part}_per_1m_output_tokens": getattr(at, part) for part in ("fixed", "marginal", "total")}
+        values |= {name: getattr(at, name) for name in ("kwh_per_1m", "kgco2e_per_1m", "cost_per_correct_answer")}
+        for name, value in values.items():
+            if value is not None:
+                yield f"{name} at {at.share:g}", Estimate(value=value, low=None, high=None, kind=at.kind)
     for offer in build.alternatives:
         for part in ("cost_per_year", HEADLINE, "break_even_months", "npv"):
             yield f"{part} {offer.name}", getattr(offer, part)
@@ -255,7 +275,8 @@ def markdown(costs: Costs) -> str:
 
 LEGEND = (
     "A figure marked ≈ rests on at least one predicted input. 1M output tokens include the prompt tokens that come "
-    "with them. Costs of making and scrapping the devices to the climate are not counted."
+    "with them. What is offered elsewhere are other models: prices are compared, answers are not. Costs of making and "
+    "scrapping the devices to the climate are not counted."
 )
 
 
@@ -369,7 +390,8 @@ def curves(costs: Costs) -> str:
     body.append(f'<line class="axis" x1="0" x2="100%" y1="{base}" y2="{base}"/>')
     for tick in fig.ticks(months, 6):
         anchor = "start" if tick == 0 else "end" if tick > 0.94 * months else "middle"
-        body.append(f'<text x="{100 * tick / months:.3f}%" y="{base + 17}" text-anchor="{anchor}">{tick:g}</text>')
+        label = f"{tick:g}" if tick else "month 0"
+        body.append(f'<text x="{100 * tick / months:.3f}%" y="{base + 17}" text-anchor="{anchor}">{label}</text>')
     for index, values in enumerate(offers):
         offer = costs.builds[0].alternatives[index]
         body.append(line(values, f"offer f{index % OFFER_LINES}", f"{offer.name}: {fig.number(values[-1])}"))
@@ -409,7 +431,7 @@ def tornado(build: BuildCosts, currency: str) -> str:
     body: list[str] = []
     for index, swing in enumerate(swings):
         y = index * 42
-        label = f"{swing.name}: {stated(swing.low_input)} to {stated(swing.high_input)}"
+        label = f"{swing.name}: {mark(swing.kind)}{stated(swing.low_input)} to {stated(swing.high_input)}"
         body.append(f'<text x="0" y="{y + 13}">{escape(label)}</text>')
         for value, style in ((swing.at_low, "m3"), (swing.at_high, "m1")):
             start, end = sorted((x(value), x(base)))

@@ -16,7 +16,7 @@ from edgekit.commands._paths import GivenPath
 from edgekit.errors import InputError
 from edgekit.report.figures import clean, shorten
 from edgekit.report.write import read_report
-from edgekit.scenario import find_scenario, parse_overrides
+from edgekit.scenario import find_scenario, parse_overrides, scenario_names
 from edgekit.store import explain_disk, require_writable
 from edgekit.tco import Build, Costs, compare_costs, read_build
 
@@ -25,7 +25,9 @@ MOST_BUILDS = 6
 
 @click.command(name="tco", short_help="Say what owning a fleet of devices costs, against cloud and API.")
 @click.argument("builds", nargs=-1, required=True, type=GivenPath(), metavar="BUNDLE|REPORT...")
-@click.option("--scenario", "-s", "scenario_name", required=True, help="Scenario name or .yaml file.")
+@click.option(
+    "--scenario", "-s", "scenario_name", required=True, help=f"{', '.join(scenario_names())}, or a .yaml file."
+)
 @click.option("--out", type=GivenPath(), help="Directory for tco.json, tco.md, tco.csv and tco.html.")
 @click.option(
     "--set", "settings", multiple=True, metavar="PATH=VALUE", help="Change a figure of the scenario; repeats."

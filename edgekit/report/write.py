@@ -49,7 +49,10 @@ def read_report(path: Path) -> Report:
         size = file.stat().st_size
         raw = file.read_bytes() if size <= MAX_REPORT_BYTES else b""
     except OSError as error:
-        raise InputError(f"a readable report at {file}", error.strerror or str(error), "check the path") from None
+        # `edgekit build --out dist` puts a bundle for each target there
+        inside = next((found.parent for found in sorted(path.glob(f"*/{JSON_NAME}"))), None)
+        advice = f"name one: {inside}" if inside else "check the path"
+        raise InputError(f"a readable report at {file}", error.strerror or str(error), advice) from None
     if size > MAX_REPORT_BYTES:
         raise InputError(f"a report of at most {MAX_REPORT_BYTES} bytes", f"{size} in {file}", "check the path")
     try:
