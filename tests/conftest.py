@@ -98,7 +98,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path, tools: Path
     base = tmp_path_factory.mktemp("bundles")
     store = make_store(base / "store", tools)
     command = [sys.executable, "-m", "edgekit", "build", str(tiny_hf), "--target", "jetson"]
-    command += ["--target", "raspberry-pi-5", "--out", str(base / "dist"), "--json", *tiny.QUICK]
+    command += ["--target", "raspberry-pi-5", "--recipe", "gguf-q4", "--out", str(base / "dist")]
+    command += ["--json", *tiny.QUICK]
     environment = {**os.environ, "EDGEKIT_CACHE": str(store.root)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -40,7 +40,7 @@ from edgekit.target import (
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(CATALOG.glob("*.yaml"))
-RECIPES = {"gguf-q4", "gguf-q4-0", "gguf-q8", "onnx-int4"}
+RECIPES = {"gguf-best", "gguf-q4-0", "onnx-int4"}
 GIB = 1 << 30
 GENERIC = (CATALOG / "generic-x86.yaml").read_text(encoding="utf-8")
 ENGINES = re.search(r"^engines: .*$", GENERIC, re.MULTILINE)[0]
@@ -609,7 +609,7 @@ def test_list_shows_the_whole_catalog_within_80_columns():
         "GiB",
         "102.0",
         "GB/s",
-        "gguf-q4",
+        "gguf-best",
     ]
     assert {target.name for target in all_targets()} <= set(rows)
 

@@ -84,11 +84,12 @@ def probe_local() -> Target:
         arch=arch,
         os=system,
         engines=("llama_cpp",),
-        default_recipe="gguf-q4-0" if repack else "gguf-q4",
+        default_recipe="gguf-q4-0" if repack else "gguf-best",
         default_recipe_reason=(
             "llama.cpp repacks Q4_0 for Arm cores at load time, which makes prefill several times faster"
             if repack
-            else "decode is bound by memory bandwidth, so 4 bits per weight nearly halve the time of 8"
+            else "decode is bound by memory bandwidth, so 4 bits per weight nearly halve the time of 8, and types chosen "
+            "for a budget of bytes lose the least there"
         ),
         memory=memory,
         compute=Compute(
