@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from test_latency import STEP_S, TOKEN_S, SlowEngine
@@ -519,6 +521,12 @@ def test_a_prediction_is_the_profiles_power_over_the_rate() -> None:
     assert predict_energy(pi, []) == []
     bare = pi.model_copy(update={"power": pi.power.model_copy(update={"typical_w": None, "max_w": None})})
     assert predict_energy(bare, [rate]) == []
+
+
+def test_a_plan_tells_the_energy_and_what_it_covers(tiny_hf: Path) -> None:
+    told = tiny.edgekit("plan", tiny_hf, "--target", "pi", "--recipe", "gguf-q8").stdout
+    (line,) = (line for line in " ".join(told.split()).split("energy_j_per_token: ")[1:])
+    assert re.match(r"[\d.e-]+ predicted \[[\d.e-]+ to [\d.e-]+\], \w+: [\d.]+ W while decoding", line)
 
 
 def test_costs_take_measured_energy_before_the_profile_before_predicted_energy() -> None:
