@@ -96,3 +96,44 @@ def test_a_finished_step_keeps_nothing(tiny_hf: Path, tmp_path: Path, monkeypatc
     tiny.build_in(store, tiny.plan_of(tiny_hf, "gptq-4bit", *settings, target="generic-x86"))
     assert seen[-1].startswith("model.layers.")
     assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_layers_without_a_matrix_to_round_are_walked_through(tiny_hf: Path) -> None:
+    network = load_model(tiny_hf)
+    chosen = {name: one for name, one in linears(network).items() if name.startswith("model.layers.1.mlp")}
+    only_head = {"lm_head": network.lm_head}
+    with torch.inference_mode():
+        every = {name: m.hessian for group, m in with_moments(network, TOKENS, linears(network)) for name in group}
+        for among in (chosen, only_head):
+            found = {name: m.hessian for group, m in with_moments(network, TOKENS, among) for name in group}
+            assert found.keys() == among.keys()
+            for name, hessian in found.items():
+                torch.testing.assert_close(hessian, every[name], rtol=1e-4, atol=1e-5)
+        grids = dict.fromkeys(chosen, open_grid("int4-g64"))
+        assert [sorted(done) for done in round_network(network, TOKENS, Rounding(grids))] == [sorted(chosen)]
+
+
+def test_layers_that_give_a_tuple_are_walked_through(tiny_hf: Path) -> None:
+    plain, wrapped = load_model(tiny_hf), load_model(tiny_hf)
+
+    for layer in wrapped.model.layers:
+        layer.forward = lambda *args, before=layer.forward, **kwargs: (before(*args, **kwargs), None)
+    decode = wrapped.model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        """As models do that take the first of what a layer gives."""
+        first = [one.register_forward_hook(lambda module, inputs, output: output[0]) for one in wrapped.model.layers]
+        try:
+            return decode(*args, **kwargs)
+        finally:
+            for hook in first:
+                hook.remove()
+
+    wrapped.model.forward = forward
+    with torch.inference_mode():
+        moments = [
+            {name: m.hessian for group, m in with_moments(one, TOKENS, linears(one)) for name in group}
+            for one in (plain, wrapped)
+        ]
+    for name, hessian in moments[0].items():
+        torch.testing.assert_close(hessian, moments[1][name], rtol=1e-4, atol=1e-5)

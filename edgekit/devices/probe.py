@@ -88,7 +88,7 @@ def probe_local() -> Target:
         default_recipe_reason=(
             "llama.cpp repacks Q4_0 for Arm cores at load time, which makes prefill several times faster"
             if repack
-            else "decode is bound by memory bandwidth, so 4 bits per weight nearly halve the time of 8, and types chosen "
+            else "decode is bound by memory bandwidth, so 4 bits per weight nearly halve the time of 8; types chosen "
             "for a budget of bytes lose the least there"
         ),
         memory=memory,

@@ -19,7 +19,7 @@ from edgekit.errors import ToolError
 from edgekit.grids import Grid
 from edgekit.grids.solver import Metric, Rounded, round_matrix, usual_damping
 
-_LAYER = re.compile(r"(.+?\.\d+)\.")
+_LAYER = re.compile(r"(.+?)\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def with_moments(network: Any, tokens: Tensor, linears: Mapping[str, nn.Linear])
         linears: Modules of it by their names: any of its layers', and the head.
     """
     inside, head = _parts(network, linears)
-    walk = _Walk(network, tokens, _sorted_layers(inside))
+    walk = _Walk(network, tokens, _layers(network, inside))
     for layer in walk:
         yield from layer.moments(inside)
     if head:
@@ -109,9 +109,13 @@ def round_network(
         kept: A directory for what is rounded already: an attempt after one that was cut off goes on behind it.
     """
     inside, head = _parts(network, {name: network.get_submodule(name) for name in rounding.grids})
-    files, walk = _Kept(kept), _Walk(network, tokens, _sorted_layers(inside))
+    files, walk = _Kept(kept), _Walk(network, tokens, _layers(network, inside))
     for layer in walk:
-        done = files.load(layer.name, layer.linears(inside))
+        mine = layer.linears(inside)
+        if not mine:
+            layer.run()
+            continue
+        done = files.load(layer.name, mine)
         if done is None:
             if prepare:
                 prepare(layer.name, [*layer.moments(inside)])
@@ -202,10 +206,15 @@ def _parts(network: Any, linears: Mapping[str, nn.Linear]) -> tuple[dict[str, nn
     return inside, {name: module for name, module in linears.items() if module is head}
 
 
-def _sorted_layers(names: Iterable[str]) -> list[str]:
-    """Names of the layers that hold the modules, in their order."""
-    layers = {found[1] for name in names if (found := _LAYER.match(name))}
-    return sorted(layers, key=lambda name: int(name.rpartition(".")[2]))
+def _layers(network: Any, linears: Iterable[str]) -> list[str]:
+    """Names of the network's layers, in their order: all of those among which the linear layers are.
+
+    Raises ToolError where these are in several lists of layers.
+    """
+    lists = {found[1] for name in linears if (found := _LAYER.match(name))}
+    if len(lists) > 1:
+        raise ToolError("one list of layers", ", ".join(sorted(lists)), "choose gguf-q4")
+    return [f"{name}.{key}" for name in lists for key, _ in network.get_submodule(name).named_children()]
 
 
 class _Layer:
@@ -215,6 +224,8 @@ class _Layer:
         self.name = name
         self.given = states
         """What the last run gave: (windows, tokens, hidden)."""
+        self.in_tuple = False
+        """Whether it gives that as the first of several."""
         self._module, self._states, self._others = module, states, others
 
     def linears(self, among: Mapping[str, nn.Linear]) -> dict[str, nn.Linear]:
@@ -225,7 +236,8 @@ class _Layer:
         """Run it over all windows, or the first of them."""
         with fast_matmul():
             output = self._module(self._states[:windows], **self._others)
-        self.given = output if isinstance(output, Tensor) else output[0]
+        self.in_tuple = not isinstance(output, Tensor)
+        self.given = output[0] if self.in_tuple else output
 
     def moments(self, among: Mapping[str, nn.Linear], windows: int | None = None) -> list[Group]:
         """Run it and return its matrices with their moments."""
@@ -276,7 +288,8 @@ class _Walk:
     def __init__(self, network: Any, tokens: Tensor, names: Sequence[str]) -> None:
         self._network, self._tokens = network, tokens
         self._modules = {name: network.get_submodule(name) for name in names}
-        states, self._others = _enter(network, tokens, self._modules)
+        self._in_tuple = False
+        states, self._others = _enter(network, tokens, self._modules) if names else (torch.zeros(0), {})
         largest = max((sum(p.nbytes for p in module.parameters()) for module in self._modules.values()), default=0)
         # a layer with its moments and their factors, and activations, some times as much as goes in
         self.device = compute_device(6 * largest + 16 * states.nbytes)
@@ -288,16 +301,18 @@ class _Walk:
             layer = _Layer(name, module.to(self.device), self._states, others)
             yield layer
             module.to("cpu")
-            self._states = layer.given
+            self._states, self._in_tuple = layer.given, layer.in_tuple
 
     @contextmanager
     def end(self, head: Mapping[str, nn.Linear]) -> Iterator[Moments]:
         """Be behind the last layer, and give the moments of what the head reads."""
         states, skipped = self._states.cpu(), [*self._modules.values()]
+        given = (states,) if self._in_tuple else states
         for module in skipped:
-            module.forward = lambda *args, **kwargs: states
+            module.forward = lambda *args, **kwargs: given
         try:
-            found = self._network.base_model(self._tokens, use_cache=False).last_hidden_state
+            with fast_matmul():
+                found = self._network.base_model(self._tokens, use_cache=False).last_hidden_state
         finally:
             for module in skipped:
                 del module.forward
