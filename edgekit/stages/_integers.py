@@ -91,7 +91,7 @@ def quantize_checkpoint(
     config = read_config(model.path)
 
     def convert(name: str, tensor: Tensor) -> Mapping[str, Tensor]:
-        return packed[name] if name in packed else {name: changed.get(name, tensor).to(tensor.dtype)}
+        return packed[name] if name in packed else {name: changed.get(name, tensor).to(tensor)}
 
     tied = bool(config.get("tie_word_embeddings"))
     dtype = store_weights(

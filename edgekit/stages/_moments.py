@@ -192,7 +192,7 @@ class _Kept:
         file = self._directory / f"{layer}.safetensors"
         part = file.with_suffix(".part")
         # matrices of one input share their order, which a file may not
-        save_file({name: tensor.cpu().clone().contiguous() for name, tensor in stored.items()}, part)
+        save_file({name: tensor.clone().contiguous() for name, tensor in stored.items()}, part)
         part.replace(file)
 
 

@@ -61,7 +61,7 @@ def measure(
             rows = {name: _sample(slopes[module]) for name, module in group.items()}
             weight = torch.cat([module.weight.data[rows[name]] for name, module in group.items()])
             for grid in _grids(types, weight.shape[1]):
-                lost = round_matrix(weight, metric, grid, sweeps=0).losses[:, 0].double()
+                lost = round_matrix(weight, metric, grid, sweeps=0).losses[:, 0].double().cpu()
                 parts = lost.split([len(chosen) for chosen in rows.values()])
                 for (name, module), part in zip(group.items(), parts, strict=True):
                     steep = slopes[module].double()
