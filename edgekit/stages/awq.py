@@ -33,7 +33,7 @@ class Params(CalibratedParams):
 
 
 @stage(
-    version=2,
+    version=3,
     takes="checkpoint",
     gives="checkpoint[awq]",
     tools=("torch", "transformers", "safetensors"),

@@ -131,7 +131,7 @@ class Decision:
 
 
 @stage(
-    version=2, takes="gguf", gives="gguf", also=("imatrix", "checkpoint", "sensitivity"), tools=("llama-cpp-python",)
+    version=3, takes="gguf", gives="gguf", also=("imatrix", "checkpoint", "sensitivity"), tools=("llama-cpp-python",)
 )
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Quantize the weights: under the importance matrix where there is one, with feedback, within a budget."""

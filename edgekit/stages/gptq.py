@@ -40,7 +40,7 @@ class Params(CalibratedParams):
 
 
 @stage(
-    version=2,
+    version=3,
     takes="checkpoint",
     gives="checkpoint[gptq]",
     tools=("torch", "transformers", "safetensors"),

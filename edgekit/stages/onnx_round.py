@@ -47,7 +47,7 @@ class Params(CalibratedParams, BudgetParams):
 
 
 @stage(
-    version=1,
+    version=2,
     takes="onnx",
     gives="onnx",
     also=("checkpoint", "sensitivity"),

@@ -41,7 +41,7 @@ class Params(CalibratedParams):
 
 
 @stage(
-    version=2,
+    version=3,
     takes=("gguf", "checkpoint"),
     gives="sensitivity",
     also=("checkpoint",),
