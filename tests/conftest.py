@@ -81,6 +81,9 @@ class Bundles:
 
     out: Path
     store: Store
+    """Any test may build in it."""
+    as_built: Path
+    """A copy that none builds in: what is cached there does not depend on the order of the tests."""
     document: Any
 
     @property
@@ -103,7 +106,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, tiny_hf: Path, tools: Path
     environment = {**os.environ, "EDGEKIT_CACHE": str(store.root)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    return Bundles(base / "dist", store, json.loads(done.stdout))
+    as_built = shutil.copytree(store.root, base / "as-built", symlinks=True)
+    return Bundles(base / "dist", store, as_built, json.loads(done.stdout))
 
 
 @pytest.fixture(scope="session")
@@ -141,9 +145,9 @@ def empty_store(tmp_path: Path, tools: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def warm_store(tmp_path: Path, bundles: Bundles, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """A copy of the store that `bundles` was built in, and $EDGEKIT_CACHE."""
+    """A copy of the store as `bundles` left it, and $EDGEKIT_CACHE."""
     root = tmp_path / "warm"
-    shutil.copytree(bundles.store.root, root, symlinks=True)
+    shutil.copytree(bundles.as_built, root, symlinks=True)
     monkeypatch.setenv("EDGEKIT_CACHE", str(root))
     return Store(root)
 
