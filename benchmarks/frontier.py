@@ -43,6 +43,9 @@ def main() -> None:
     parser.add_argument(
         "--presets", nargs="+", default=list(_frontier_gguf.PRESETS), help="of llama.cpp; Q4_0-pure for one type"
     )
+    parser.add_argument(
+        "--sizes", nargs="+", default=list(_frontier_gguf.SIZES), help="presets whose bytes ours are written in"
+    )
     parser.add_argument("--rates", action="store_true", help="measure decode rates of GGUF files as well")
     parser.add_argument("--rate-turns", type=int, default=9)
     parser.add_argument("--wall-turns", type=int, default=1, help="how often each side of GPTQ rounds")
@@ -69,7 +72,7 @@ def main() -> None:
             if part == "gguf":
                 found = _frontier_gguf.measure(
                     source, laws, scratch, overrides=chosen["gguf-best"], presets=arguments.presets,
-                    rate_turns=arguments.rate_turns if arguments.rates else 0, keep=arguments.keep,
+                    sizes=arguments.sizes, rate_turns=arguments.rate_turns if arguments.rates else 0, keep=arguments.keep,
                 )  # fmt: skip
             elif part == "gptq":
                 found = _frontier_gptq.measure(
