@@ -72,7 +72,8 @@ def main() -> None:
             if part == "gguf":
                 found = _frontier_gguf.measure(
                     source, laws, scratch, overrides=chosen["gguf-best"], presets=arguments.presets,
-                    sizes=arguments.sizes, rate_turns=arguments.rate_turns if arguments.rates else 0, keep=arguments.keep,
+                    sizes=arguments.sizes, rate_turns=arguments.rate_turns if arguments.rates else 0,
+                    keep=arguments.keep,
                 )  # fmt: skip
             elif part == "gptq":
                 found = _frontier_gptq.measure(
