@@ -1,7 +1,8 @@
 """GGUF: a budget spent by us beside every preset of llama.cpp's quantizer, and decode rates beside uniform types.
 
 Both sides get the same f16 file, the same importance matrix and the same calibration text. The quantizer runs in this
-process and is upstream's bit for bit (see fidelity.py). Ours is the stage `gguf` of the recipe `gguf-best`.
+process and is upstream's bit for bit (see fidelity.py). Ours is the stage `gguf` of the recipe `gguf-best`; before,
+what a weight of each type costs is measured on this machine, as `edgekit targets probe` does.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from edgekit.engines.llama_cpp import open_model
 from edgekit.errors import InputError
 from edgekit.formats.gguf import read_header
 from edgekit.measure.divergence import Reference
+from edgekit.measure.kernels import measure_weight_costs
 from edgekit.measurement import median_interval
 from edgekit.model import Source
 from edgekit.recipe import Overrides, find_recipe
@@ -29,6 +31,7 @@ from edgekit.stages.gguf import FILE_NAME, Params, quantize
 from edgekit.stages.imatrix import FILE_NAME as IMATRIX_FILE
 from edgekit.stages.imatrix import read_imatrix
 from edgekit.store import Store
+from edgekit.target import Figure
 
 PRESETS = (
     "Q2_K", "IQ3_XS", "Q3_K_S", "IQ3_M", "Q3_K_M", "Q3_K_L", "IQ4_XS", "Q4_0", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_K_S",
@@ -39,9 +42,11 @@ PURE = "-pure"
 SIZES = ("Q2_K", "Q3_K_S-pure", "Q3_K_M", "Q4_0-pure", "Q4_K_M", "Q5_0-pure", "Q5_K_M", "Q6_K-pure")
 """Whose bytes ours are written in: uniform types, which have a rate to compare with, and mixtures between them."""
 UNIFORM = ("Q2_K", "Q3_K_S", "Q4_0", "Q4_1", "Q4_K_S", "Q5_0", "Q5_1", "Q5_K_S", "Q6_K", "Q8_0")
-"""Types to compare rates with; of equal sizes the first is taken, which llama.cpp runs fastest."""
+"""Types to compare rates with."""
 LEAST, MOST = 3.3, 6.6
 """Bits for each weight of the sizes that the mean is over."""
+RATE_THREADS = 1
+"""Of decode: a second waits for the first where others use the machine."""
 SAME = 0.005
 """How far below a budget a uniform type is of its size."""
 
@@ -49,7 +54,7 @@ SAME = 0.005
 class Gguf:
     """The files of both sides, from one model."""
 
-    def __init__(self, source: Source, overrides: Overrides, scratch: Path) -> None:
+    def __init__(self, source: Source, overrides: Overrides, costs: dict[str, float], scratch: Path) -> None:
         store = Store.default()
         # whatever `gguf` is told, what goes into it is the same
         before = {key: value for key, value in overrides.items() if key[0] != "gguf"}
@@ -60,7 +65,9 @@ class Gguf:
         self.given = {kind: artifact_of(store, built, kind) for kind in kinds}
         self.weights = int(self.given["checkpoint"].facts["parameters"])
         self.imatrix = read_imatrix(self.given["imatrix"].path / IMATRIX_FILE)
-        self.context = StageContext(store, self.given, plan.target)
+        known = Figure(value=costs, estimate="measured by this benchmark") if costs else None
+        compute = plan.target.compute.model_copy(update={"weight_costs": known})
+        self.context = StageContext(store, self.given, plan.target.model_copy(update={"compute": compute}))
         self.scratch = scratch
 
     def theirs(self, preset: str) -> tuple[Path, float]:
@@ -83,8 +90,8 @@ class Gguf:
 
 
 def decode_rate(path: Path, tokens: int = 48, ahead: int = 8) -> float:
-    """Tokens a second, one after the other, on one thread, after some that are not counted."""
-    with open_model(path, EngineOptions(context_tokens=256, threads=1)) as engine:
+    """Tokens a second, one after the other, after some that are not counted."""
+    with open_model(path, EngineOptions(context_tokens=256, threads=RATE_THREADS)) as engine:
         sequence, token, begun = engine.start(), 1, 0.0
         for step in range(tokens + ahead):
             if step == ahead:
@@ -116,7 +123,9 @@ def measure(
     keep: bool = False,
 ) -> Part:
     """Write every preset and our file of the bytes of `sizes`, and judge all; decode rates in so many turns."""
-    gguf = Gguf(source, overrides, scratch)
+    costs = measure_weight_costs(RATE_THREADS) if rate_turns else {}
+    print(f"gguf: a weight takes, of Q8_0's time, {costs or 'its bytes'}", file=sys.stderr, flush=True)
+    gguf = Gguf(source, overrides, costs, scratch)
     part = Part()
     uniform = {name + PURE: gguf.theirs(name + PURE)[0] for name in UNIFORM} if rate_turns else {}
     seen: set[tuple[str, ...]] = set()
@@ -143,6 +152,7 @@ def measure(
             continue
         size = written.stat().st_size
         facts = {"bits_per_weight": 8 * size / gguf.weights, "rounding_s": seconds, **_kept(stage_facts)}
+        facts |= {"weight_costs": costs} if costs else {}
         ours = Row("gguf", f"ours-{preset}", True, size, judge("llama_cpp", written, laws), facts)
         part.rows.append(ours)
         facts = _rates(written, preset, path, uniform, rate_turns) if rate_turns else {}
@@ -167,13 +177,14 @@ def _kept(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rates(ours: Path, preset: str, theirs: Path, uniform: dict[str, Path], turns: int) -> dict[str, Any]:
-    """Our rate to the preset's and to that of the largest uniform type in no more bytes, and how large that one is."""
+    """Our rate to the preset's and to those of the largest uniform types in no more bytes, and how large these are."""
     budget = theirs.stat().st_size
     sizes = {name: size for name, path in uniform.items() if (size := path.stat().st_size) <= budget}
-    largest = max(sizes, key=lambda name: sizes[name], default=None)
-    peers = {preset: theirs} | ({largest: uniform[largest]} if largest else {})
-    facts: dict[str, Any] = {"rates": dict(zip(peers, rate_ratios(ours, list(peers.values()), turns), strict=True))}
-    return facts | ({"uniform": largest, "uniform_bytes": sizes[largest] / budget} if largest else {})
+    largest = max(sizes.values(), default=0)
+    near = [name for name, size in sizes.items() if size >= (1 - SAME) * largest]
+    peers = {preset: theirs} | {name: uniform[name] for name in near}
+    rates = dict(zip(peers, rate_ratios(ours, list(peers.values()), turns), strict=True))
+    return {"rates": rates, "uniform": near, "uniform_bytes": largest / budget}
 
 
 def _best_up_to(pair: Pair, rows: Sequence[Row]) -> Pair:
@@ -211,9 +222,10 @@ def _goals(part: Part, domains: Sequence[str]) -> list[Goal]:
         met = min(slack) >= 0 and max(slack) <= 0.005
         goals.append(Goal("gguf", "bytes within 0.5% below the budget, never above", found, met))
     rates = {
-        f"{pair.ours} to {pair.facts['uniform']}": pair.facts["rates"][pair.facts["uniform"]]
+        f"{pair.ours} to {name}": pair.facts["rates"][name]
         for pair in part.pairs
         if pair.facts.get("uniform_bytes", 0) >= 1 - SAME
+        for name in pair.facts["uniform"]
     }
     if rates:
         slowest = min(rates, key=lambda name: rates[name][0])

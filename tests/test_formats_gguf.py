@@ -33,6 +33,8 @@ METADATA = {
     "general.offset": -5,
     "general.huge": 2**40,
     "general.flag": True,
+    "general.texts": ("a", "b"),
+    "general.numbers": (1, 2),
 }
 
 
@@ -188,7 +190,8 @@ def test_a_skeleton_reads_back(tmp_path: Path, ggml_base: ctypes.CDLL) -> None:
         (name, shape) for name, shape, _ in TENSORS
     ]
     assert [int(tensor.data_offset) for tensor in reference.tensors] == [info.offset for info in header.tensors]
-    assert {key: reference.fields[key].contents() for key in METADATA} == METADATA
+    contents = {key: reference.fields[key].contents() for key in METADATA}
+    assert {key: tuple(value) if isinstance(value, list) else value for key, value in contents.items()} == METADATA
     assert accepted_by_llama_cpp(ggml_base, path) == header.data_offset
 
 
@@ -210,6 +213,9 @@ def test_a_skeleton_of_a_large_model_is_a_hole(tmp_path: Path) -> None:
         ({"": 1}, [], "0 bytes"),
         ({"a": 2**64}, [], "too large to store"),
         ({"a": 1e300}, [], "too large to store"),
+        ({"a": (1, "b")}, [], "2 types of elements"),
+        ({"a": ()}, [], "0 types of elements"),
+        ({"a": ((1,), (2,))}, [], "types of elements"),
         ({}, [("n" * 64, (1,), "f32")], "64 bytes"),
         ({}, [("n\ud800", (1,), "f32")], "tensor name"),
         ({}, [("n", (1,), "f32"), ("n", (1,), "f32")], "two tensors"),

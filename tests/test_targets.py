@@ -25,6 +25,7 @@ from edgekit.devices import Fingerprint, describe_machine, probe
 from edgekit.devices.board import BoardState
 from edgekit.engines import engine_names
 from edgekit.errors import InputError
+from edgekit.measure import kernels
 from edgekit.target import (
     CATALOG,
     LOCAL,
@@ -569,6 +570,7 @@ def test_what_a_machine_says_of_itself_is_made_printable(local):
 
 def test_probe_writes_a_profile_that_plans_at_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kernels, "MOST_LAYERS", 1)
     run = CliRunner().invoke(cli, ["targets", "probe", "--out", "my-box.yaml"], catch_exceptions=False)
     assert run.exit_code == 0
     assert run.output.endswith("next: edgekit plan MODEL --target ./my-box.yaml\n")

@@ -88,8 +88,8 @@ def probe_target(device_url: str, out: Path | None) -> None:
     """Measure a running machine and write its profile.
 
     Processor, memory and what is free of it, copy bandwidth of all cores, GPU, power modes and sensors are read or
-    measured in about a second; every value says so, or that it is a default. The name of the profile is that of the
-    file, which can be used at once: edgekit plan MODEL --target ./my-board.yaml.
+    measured, and llama.cpp's kernels are timed: that takes a minute. Every value says so, or that it is a default. The
+    name of the profile is that of the file, which can be used at once: edgekit plan MODEL --target ./my-board.yaml.
     """
     from edgekit.devices.probe import name_target, slug
 
@@ -98,7 +98,8 @@ def probe_target(device_url: str, out: Path | None) -> None:
         found = f"{out}, which exists" if out.exists() else str(out)
         advice = f"--out {out.with_stem(f'{out.stem}-2') if out.exists() else out.with_suffix('.yaml')}"
         raise InputError("a new file that ends in .yaml", found, advice)
-    probed = device.probe()
+    with Console(stderr=True).status("measuring memory, arithmetic and llama.cpp's kernels"):
+        probed = device.probe()
     name = slug(str(probed.machine.facts.get("board") or probed.target.title)) if out is None else out.stem
     target = name_target(probed, name)
     text = yaml.safe_dump(_without_empty(target.model_dump(mode="json")), sort_keys=False, width=110)

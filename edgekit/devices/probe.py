@@ -1,6 +1,7 @@
 """A machine as a target, measured in about a second with numpy and what the system tells.
 
-It is the target `local`; named and kept in a file by `edgekit targets probe`, it stands for a board.
+It is the target `local`. `edgekit targets probe` also times llama.cpp's kernels and keeps it in a file under a name of
+its own: then it stands for a board.
 """
 
 from __future__ import annotations
@@ -123,9 +124,29 @@ def probe_machine() -> Probed:
     """Probe the machine that this process runs on. Raises ToolError as `probe_local` does."""
     from edgekit.measure.energy import find_meter
 
-    target = probe_local()
+    target = _with_kernels(probe_local())
     meter = find_meter(target.compute.accelerator != "none")
     return Probed(target, describe_machine(), read_state(), meter.text)
+
+
+def _with_kernels(target: Target) -> Target:
+    """The profile with what weights cost on llama.cpp's kernels here, or with a note that says why not."""
+    from edgekit.measure.kernels import HIDDEN, measure_weight_costs
+
+    threads, load = target.compute.threads, _OthersLoad()
+    try:
+        costs = measure_weight_costs(threads)
+    except ToolError as error:
+        reason = error.found
+    else:
+        # threads that wait for one that lost its processor make a type ten times slower than it is
+        reason = "other programs kept the machine busy" if load.share() > BUSY_SHARE else ""
+    if reason:
+        note = f"What a weight of each type costs in decode was not measured: {reason}."
+        return target.model_copy(update={"notes": (*target.notes, note)})
+    how = f"llama.cpp's kernels, {threads} threads, matrices of {HIDDEN} columns"
+    compute = target.compute.model_copy(update={"weight_costs": _measured(costs, how)})
+    return target.model_copy(update={"compute": compute})
 
 
 def name_target(probed: Probed, name: str) -> Target:

@@ -74,6 +74,7 @@ EXTRAS = {"llama_cpp": "gguf", "onnxruntime": "onnx"}
 FRESH_S = 86400.0
 """A result that no client took, or half of one, is used for a day."""
 _SPARE_DISK_BYTES = 16 << 20  # results and logs
+_PROBE_S = 900.0
 _DESCRIBE_S = 180.0  # a slow card takes a minute to import numpy for the first time
 _PIP_S = 7200.0  # llama.cpp is compiled there
 _CHUNK = 1 << 20
@@ -179,7 +180,7 @@ class Ssh:
         """Measure the board as a target, with the lock: a job beside it would disturb."""
         with self._only_session() as link:
             self._lock(link)
-            told = self._ask_agent(link, [PROBE])
+            told = self._ask_agent(link, [PROBE], _PROBE_S)
         if told.problem is not None or told.target is None:
             raise self._problem(told, "")
         return Probed(told.target, Fingerprint(told.device, dict(told.facts)), told.board, told.power_sensors)
@@ -303,13 +304,13 @@ class Ssh:
         wanted = f"{problem.get('wanted', 'the engine')} on {self.address}"
         return ToolError(wanted, problem.get("found", "none"), f"edgekit device setup {shlex.quote(self.url)}{more}")
 
-    def _ask_agent(self, link: Link, arguments: list[str]) -> Description:
+    def _ask_agent(self, link: Link, arguments: list[str], timeout_s: float = _DESCRIBE_S) -> Description:
         """What edgekit there says of itself; of another version than here, nothing is taken."""
         python = self._python(link.hello)
         command = [python, "-m", "edgekit.devices.agent", *arguments]
         lines: list[str] = []
-        link.send("run", command=command, timeout_s=_DESCRIBE_S)
-        end = self._follow(link, lines.append, _DESCRIBE_S + self.settings.lost_s)
+        link.send("run", command=command, timeout_s=timeout_s)
+        end = self._follow(link, lines.append, timeout_s + self.settings.lost_s)
         setup = f"edgekit device setup {shlex.quote(self.url)}"
         told = next((line for line in reversed(lines) if line.startswith("{")), None)
         if end.code != 0 or told is None:

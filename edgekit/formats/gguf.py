@@ -176,13 +176,13 @@ def read_header(path: Path) -> Header:
 
 
 def write_skeleton(
-    path: Path, metadata: Mapping[str, Scalar], tensors: Sequence[tuple[str, tuple[int, ...], str]]
+    path: Path, metadata: Mapping[str, Value], tensors: Sequence[tuple[str, tuple[int, ...], str]]
 ) -> None:
     """Write a valid GGUF v3 file whose tensor data is one hole: tools that look only at shapes can read it.
 
     `tensors` are (name, shape innermost first, type name). Integers are stored as uint32 where they fit, floats as
-    float32: what llama.cpp expects of hyperparameters. Raises InputError for what `read_header` would refuse, ToolError
-    where the file system cannot hold the file.
+    float32: what llama.cpp expects of hyperparameters; the elements of an array must be stored alike. Raises InputError
+    for what `read_header` would refuse, ToolError where the file system cannot hold the file.
     """
     alignment = metadata.get(_ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not _is_alignment(alignment):
@@ -454,7 +454,14 @@ def _packed_string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _packed_value(value: Scalar) -> bytes:
+def _packed_value(value: Value) -> bytes:
+    if isinstance(value, tuple):
+        elements = [_packed_value(element) for element in value]
+        kinds = {element[:4] for element in elements}
+        if len(kinds) != 1 or kinds == {struct.pack("<I", _ARRAY)}:
+            raise _unwritable(f"an array of {len(kinds)} types of elements")
+        body = b"".join(element[4:] for element in elements)
+        return struct.pack("<I", _ARRAY) + kinds.pop() + struct.pack("<Q", len(value)) + body
     if isinstance(value, bool):
         return struct.pack("<IB", _BOOL, value)
     if isinstance(value, str):
