@@ -124,9 +124,8 @@ def test_what_one_type_costs_at_a_size_lies_between_those_of_the_sizes_beside_it
 
     tensors = [options(10), [o for o in options(30) if o.type != "odd"]]
     assert uniform_cost(tensors, 160) == 20  # of two types of that size the faster
-    assert uniform_cost(tensors, 180) == 50
-    assert uniform_cost(tensors, 200) == 80
-    assert uniform_cost(tensors, 260) == 60
+    assert uniform_cost(tensors, 200) == 25  # not the 80 of a type that a larger one outruns
+    assert uniform_cost(tensors, 260) == 32.5
     assert uniform_cost(tensors, 1000) == 40
     assert uniform_cost([tensors[0][:1], tensors[1][1:2]], 160) is None
 
@@ -140,3 +139,5 @@ def test_a_rate_holds_the_time_to_that_of_one_type() -> None:
     assert set(spend(tensors, 200, 0)[0].values()) == {"slow"}
     assert set(spend(tensors, 200, 0, rate=1.0)[0].values()) == {"fast"}
     assert spend(tensors, 200, 0, rate=0.4)[0] == {"x": "slow", "y": "fast"}
+    # faster than the fastest there is not
+    assert set(spend(tensors, 200, 0, rate=1.1)[0].values()) == {"fast"}

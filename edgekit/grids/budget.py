@@ -139,8 +139,10 @@ def curve(tensors: Sequence[Sequence[Option]]) -> list[Point]:
 
 
 def uniform_cost(tensors: Sequence[Sequence[Option]], budget_bytes: int) -> float | None:
-    """What tensors that all take one type cost at that size: the least of the types of a size, and in proportion
-    between two sizes. None where no type is an option of all."""
+    """What tensors that all take one type cost at that size, and in proportion between two sizes.
+
+    Types that another of at least their size outruns do not count. None where no type is an option of all.
+    """
     common = set.intersection(*({option.type for option in options} for options in tensors)) if tensors else set()
     least: dict[int, float] = {}
     for name in common:
@@ -149,7 +151,7 @@ def uniform_cost(tensors: Sequence[Sequence[Option]], budget_bytes: int) -> floa
         least[size] = min(cost, least.get(size, cost))
     if not least:
         return None
-    sizes = sorted(least)
+    sizes = [size for size in sorted(least) if all(least[size] < least[other] for other in least if other > size)]
     return float(np.interp(budget_bytes, sizes, [least[size] for size in sizes]))
 
 
@@ -158,13 +160,17 @@ def spend(
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Return the type that each tensor takes by `choose`, and what a report says of the choice.
 
-    With a `rate`, tokens take at most 1 / rate of the time that they take with one type of that size. What is said is
-    `budget_bytes`, `predicted_divergence_nats`, `types` with their counts, and some points of the `curve`, which knows
-    no rate, as (bytes of the file, loss).
+    With a `rate`, tokens take at most 1 / rate of the time that they take with one type of that size; a rate above 1
+    holds as far as the fastest types allow. What is said is `budget_bytes`, `predicted_divergence_nats`, `types` with
+    their counts, and some points of the `curve`, which knows no rate, as (bytes of the file, loss).
     """
     options = [*tensors.values()]
     uniform = None if rate is None else uniform_cost(options, budget_bytes - besides)
-    found = choose(options, budget_bytes, besides, uniform / rate if uniform and rate else None)
+    most = None
+    if uniform and rate:
+        fastest = sum(min(option.cost for option in each) for each in options)
+        most = max(uniform / rate, min(uniform, fastest))
+    found = choose(options, budget_bytes, besides, most)
     points = curve(options)
     types = dict(zip(tensors, found.types, strict=True))
     return types, {

@@ -118,6 +118,8 @@ def _type_name(text: str) -> str:
     return known[text.lower()]
 
 
+_COST_MARGIN = 1.02
+"""Costs of weights are measured to within some percent: a rate is held by more than it asks for."""
 _ADDED_BYTES = 4096
 """More than the metadata that the quantizer adds, and the alignment after it."""
 
@@ -131,7 +133,7 @@ class Decision:
 
 
 @stage(
-    version=3, takes="gguf", gives="gguf", also=("imatrix", "checkpoint", "sensitivity"), tools=("llama-cpp-python",)
+    version=4, takes="gguf", gives="gguf", also=("imatrix", "checkpoint", "sensitivity"), tools=("llama-cpp-python",)
 )
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
     """Quantize the weights: under the importance matrix where there is one, with feedback, within a budget."""
@@ -251,7 +253,8 @@ def within_budget(
             ]
         else:
             besides += nbytes(info, mix.get(info.name, info.type))
-    types, facts = spend(options, budget, besides, params.rate)
+    rate = params.rate and params.rate * (_COST_MARGIN if costs else 1)
+    types, facts = spend(options, budget, besides, rate)
     named = {"^" + name.replace(".", r"\.") + "$": kind for name, kind in types.items()}
     update = {
         "tensor_types": named | params.tensor_types,
