@@ -125,6 +125,8 @@ def test_what_one_type_costs_at_a_size_lies_between_those_of_the_sizes_beside_it
     tensors = [options(10), [o for o in options(30) if o.type != "odd"]]
     assert uniform_cost(tensors, 160) == 20  # of two types of that size the faster
     assert uniform_cost(tensors, 200) == 25  # not the 80 of a type that a larger one outruns
+    near = [[*each, Option("near", each[0].nbytes * 3 // 2, 0.0, each[0].nbytes * 0.27)] for each in tensors]
+    assert uniform_cost(near, 240) == pytest.approx(43.2)  # within a tenth of a larger one's, which tells nothing
     assert uniform_cost(tensors, 260) == 32.5
     assert uniform_cost(tensors, 1000) == 40
     assert uniform_cost([tensors[0][:1], tensors[1][1:2]], 160) is None

@@ -21,6 +21,8 @@ import numpy as np
 
 from edgekit.errors import InputError
 
+_OUTRUN = 1.1
+"""Costs that are measured scatter by some percent: below this they tell no type from another."""
 _CURVE_POINTS = 60
 _INFEASIBLE = 2
 """What `scipy.optimize.milp` says of a program without a solution."""
@@ -141,7 +143,8 @@ def curve(tensors: Sequence[Sequence[Option]]) -> list[Point]:
 def uniform_cost(tensors: Sequence[Sequence[Option]], budget_bytes: int) -> float | None:
     """What tensors that all take one type cost at that size, and in proportion between two sizes.
 
-    Types that another of at least their size outruns do not count. None where no type is an option of all.
+    Types that a larger one clearly outruns do not count: nobody would choose them. None where no type is an option of
+    all.
     """
     common = set.intersection(*({option.type for option in options} for options in tensors)) if tensors else set()
     least: dict[int, float] = {}
@@ -151,7 +154,7 @@ def uniform_cost(tensors: Sequence[Sequence[Option]], budget_bytes: int) -> floa
         least[size] = min(cost, least.get(size, cost))
     if not least:
         return None
-    sizes = [size for size in sorted(least) if all(least[size] < least[other] for other in least if other > size)]
+    sizes = [size for size in sorted(least) if least[size] < _OUTRUN * min(c for n, c in least.items() if n >= size)]
     return float(np.interp(budget_bytes, sizes, [least[size] for size in sizes]))
 
 

@@ -25,7 +25,7 @@ HIDDEN, FEED_FORWARD, VOCABULARY, HEAD = 2048, 6144, 256, 64
 """Matrices of a model of a billion parameters."""
 MOST_LAYERS = 8
 """0.46 GB of Q8_0: two fit a server's cache, and Q4_0 took .4 of Q8_0's time in them where it takes .9 in eight."""
-TURNS, TOKENS = 3, 12
+TURNS, TOKENS = 5, 12
 _MATRICES = (
     *((name, (HIDDEN, HIDDEN)) for name in ("attn_q", "attn_k", "attn_v", "attn_output")),
     *((name, (HIDDEN, FEED_FORWARD)) for name in ("ffn_gate", "ffn_up")),

@@ -118,7 +118,7 @@ def _type_name(text: str) -> str:
     return known[text.lower()]
 
 
-_COST_MARGIN = 1.02
+_COST_MARGIN = 1.01
 """Costs of weights are measured to within some percent: a rate is held by more than it asks for."""
 _ADDED_BYTES = 4096
 """More than the metadata that the quantizer adds, and the alignment after it."""
