@@ -74,6 +74,18 @@ def test_the_file_holds_what_the_network_was_left_with(store: Store, tiny_hf: Pa
     assert reordered == 4
 
 
+@pytest.mark.parametrize(("order", "found"), [((2, 3, 1, 0), True), ((0, 1, 2, 3), True), ((1, 1, 2, 3), False)])
+def test_equal_rows_stand_for_each_other(order: tuple[int, ...], found: bool, tmp_path: Path) -> None:
+    weight = torch.tensor([[1.0, 2.0], [0.0, 0.0], [0.0, 0.0], [3.0, 4.0]], dtype=torch.float16)
+    path, stored = tmp_path / "data", weight[[*order]]
+    path.write_bytes(stored.numpy().tobytes())
+    rows = _feedback._rows(weight.float(), path, gguf.TensorInfo("w", (2, 4), "f16", 0, 16))
+    assert (rows is not None) == found
+    if rows is not None:
+        assert torch.equal(weight[rows], stored)
+        assert rows.sort().values.tolist() == [0, 1, 2, 3]
+
+
 def test_a_matrix_is_rounded_for_what_all_before_it_give_when_they_are_rounded(
     store: Store, tiny_hf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,10 @@ def _rows(weight: Tensor, path: Path, info: gguf.TensorInfo) -> Tensor | None:
     own = weight.to(dtype)
     if torch.equal(own, stored):
         return torch.arange(len(own))
-    places = {row.numpy().tobytes(): i for i, row in enumerate(own.view(torch.uint8))}
-    found = [places.get(row.numpy().tobytes(), -1) for row in stored.view(torch.uint8)]
-    return torch.tensor(found) if sorted(found) == list(range(len(own))) else None
+    places: dict[bytes, list[int]] = {}
+    for index, row in enumerate(own.view(torch.uint8)):
+        places.setdefault(row.numpy().tobytes(), []).append(index)
+    # equal rows, such as those of heads that are empty, may stand for each other
+    same = [places.get(row.numpy().tobytes()) for row in stored.view(torch.uint8)]
+    found = [indices.pop() if indices else -1 for indices in same]
+    return None if -1 in found else torch.tensor(found)

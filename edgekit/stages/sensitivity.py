@@ -41,7 +41,7 @@ class Params(CalibratedParams):
 
 
 @stage(
-    version=3,
+    version=4,
     takes=("gguf", "checkpoint"),
     gives="sensitivity",
     also=("checkpoint",),
