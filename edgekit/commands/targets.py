@@ -91,13 +91,17 @@ def probe_target(device_url: str, out: Path | None) -> None:
     measured, and llama.cpp's kernels are timed: that takes a minute. Every value says so, or that it is a default. The
     name of the profile is that of the file, which can be used at once: edgekit plan MODEL --target ./my-board.yaml.
     """
-    from edgekit.devices.probe import name_target, slug
+    from edgekit.devices.probe import check_name, name_target, slug
 
     device = open_device(device_url)
     if out is not None and (out.suffix not in (".yaml", ".yml") or out.exists()):
         found = f"{out}, which exists" if out.exists() else str(out)
         advice = f"--out {out.with_stem(f'{out.stem}-2') if out.exists() else out.with_suffix('.yaml')}"
         raise InputError("a new file that ends in .yaml", found, advice)
+    if out is not None:  # before a minute is spent
+        check_name(out.stem)
+        if not out.parent.is_dir():
+            raise _unwritable(out, f"no directory {out.parent}")
     with Console(stderr=True).status("measuring memory, arithmetic and llama.cpp's kernels"):
         probed = device.probe()
     name = slug(str(probed.machine.facts.get("board") or probed.target.title)) if out is None else out.stem
@@ -109,11 +113,15 @@ def probe_target(device_url: str, out: Path | None) -> None:
     try:
         out.write_text(text, encoding="utf-8")
     except OSError as error:
-        advice = "check it" if out.parent.is_dir() else f"mkdir -p {shlex.quote(str(out.parent))}"
-        raise InputError(f"a file that can be written at {out}", error.strerror or str(error), advice) from None
+        raise _unwritable(out, error.strerror or str(error)) from None
     click.echo(f"{out}: {target.title}")
     path = out if out.is_absolute() else f"./{out}"
     click.echo(f"next: edgekit plan MODEL --target {path}")
+
+
+def _unwritable(out: Path, found: str) -> InputError:
+    advice = "check it" if out.parent.is_dir() else f"mkdir -p {shlex.quote(str(out.parent))}"
+    return InputError(f"a file that can be written at {out}", found, advice)
 
 
 def _without_empty(value: Any) -> Any:

@@ -152,11 +152,9 @@ def _with_kernels(target: Target) -> Target:
 def name_target(probed: Probed, name: str) -> Target:
     """The profile under a name of its own: its figures say on which machine they were measured.
 
-    What the machine told is made printable. Raises InputError for a name that no target can have.
+    What the machine told is made printable. Raises InputError as `check_name` does.
     """
-    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
-        wanted = "a name of small letters, digits and single dashes"
-        raise InputError(wanted, repr(name), f"--out {slug(name)}.yaml")
+    check_name(name)
     facts, state, target = probed.machine.facts, probed.state, probed.target
     title = str(facts.get("board") or target.title.removesuffix(" (this machine)"))
     notes = [
@@ -172,6 +170,13 @@ def name_target(probed: Probed, name: str) -> Target:
     power = target.power.model_copy(update={"modes": state.power_modes})
     named = target.model_copy(update={"name": name, "title": title, "power": power, "notes": tuple(notes)})
     return Target.model_validate(_told(named.model_dump(mode="json"), f"measured on {probed.machine.text}"))
+
+
+def check_name(name: str) -> None:
+    """Raise InputError for a name that no target can have."""
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name):
+        wanted = "a name of small letters, digits and single dashes"
+        raise InputError(wanted, repr(name), f"--out {slug(name)}.yaml")
 
 
 def slug(text: str) -> str:
