@@ -74,7 +74,7 @@ EXTRAS = {"llama_cpp": "gguf", "onnxruntime": "onnx"}
 FRESH_S = 86400.0
 """A result that no client took, or half of one, is used for a day."""
 _SPARE_DISK_BYTES = 16 << 20  # results and logs
-_PROBE_S = 900.0
+_PROBE_S = 900.0  # kernels are timed, on a slow board too
 _DESCRIBE_S = 180.0  # a slow card takes a minute to import numpy for the first time
 _PIP_S = 7200.0  # llama.cpp is compiled there
 _CHUNK = 1 << 20

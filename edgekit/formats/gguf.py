@@ -145,6 +145,14 @@ class Header:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
+def canonical_type(text: str) -> str:
+    """The name of an element type as it is spelt here, whatever its case. Raises ValueError with the closest one."""
+    known = {name.lower(): name for name in _IDS}
+    if text.lower() not in known:
+        raise ValueError(f"{text!r} is not a tensor type of GGUF{suggest(text, known.values())}")
+    return known[text.lower()]
+
+
 def tensor_bytes(type_name: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor of a ggml type, `shape` innermost first. Raises InputError where ggml has no such tensor."""
     number = _IDS.get(type_name)

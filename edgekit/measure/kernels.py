@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from edgekit.engine import Engine, EngineOptions, Entry
-from edgekit.formats.gguf import GGML_TYPES, Value, tensor_bytes, write_skeleton
+from edgekit.formats.gguf import Value, canonical_type, tensor_bytes, write_skeleton
 
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 """Those that a budget of bytes chooses among."""
@@ -32,7 +32,6 @@ _MATRICES = (
     ("ffn_down", (FEED_FORWARD, HIDDEN)),
 )
 """Of a layer: name and shape, innermost first."""
-_KINDS = {kind.name.lower(): kind.name for kind in GGML_TYPES.values()}
 
 
 def measure_weight_costs(threads: int, turns: int = TURNS) -> dict[str, float]:
@@ -77,7 +76,7 @@ def write_model(path: Path, name: str, layers: int) -> None:
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tuple(f"<{token}>" for token in range(VOCABULARY)),
     }
-    write_skeleton(path, metadata, [*_tensors(_KINDS[name.lower()], layers)])
+    write_skeleton(path, metadata, [*_tensors(canonical_type(name), layers)])
 
 
 def _tensors(kind: str, layers: int) -> Iterator[tuple[str, tuple[int, ...], str]]:

@@ -67,7 +67,7 @@ class QuantizerParams(StageParams):
     @field_validator("output_type", "token_embedding_type")
     @classmethod
     def _is_a_type(cls, value: str | None) -> str | None:
-        return None if value is None else _type_name(value)
+        return None if value is None else gguf.canonical_type(value)
 
     @field_validator("tensor_types")
     @classmethod
@@ -77,7 +77,7 @@ class QuantizerParams(StageParams):
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
-        return {pattern: _type_name(name) for pattern, name in value.items()}
+        return {pattern: gguf.canonical_type(name) for pattern, name in value.items()}
 
 
 class Params(QuantizerParams, CalibratedParams, BudgetParams):
@@ -109,13 +109,6 @@ class Params(QuantizerParams, CalibratedParams, BudgetParams):
     def tools(self) -> tuple[str, ...]:
         """What feedback computes with."""
         return ("torch", "transformers", "gguf") if self.feedback else ()
-
-
-def _type_name(text: str) -> str:
-    known = {t.name.lower(): t.name for t in gguf.GGML_TYPES.values()}
-    if text.lower() not in known:
-        raise ValueError(f"{text!r} is not a tensor type of GGUF{suggest(text, known.values())}")
-    return known[text.lower()]
 
 
 _COST_MARGIN = 1.01
@@ -247,7 +240,7 @@ def within_budget(
     for info in header.tensors:
         if info.name in losses and not any(re.search(pattern, info.name) for pattern in params.tensor_types):
             known = {name: loss for name, loss in losses[info.name].items() if not costs or name.upper() in costs}
-            kinds = {_type_name(name): loss for name, loss in params.allowed(known).items()}
+            kinds = {gguf.canonical_type(name): loss for name, loss in params.allowed(known).items()}
             options[info.name] = [
                 Option(name, nbytes(info, name), loss, cost(info, name)) for name, loss in kinds.items()
             ]
@@ -265,7 +258,7 @@ def within_budget(
 
 
 def _assumed_losses(tensors: Sequence[Tensor]) -> dict[str, dict[str, float]]:
-    known = {_type_name(name): name for name in NAMES}
+    known = {gguf.canonical_type(name): name for name in NAMES}
     kinds = [kind for kind in gguf.GGML_TYPES.values() if kind.name in known]
     return {
         t.name: {
