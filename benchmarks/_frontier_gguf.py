@@ -120,9 +120,9 @@ def measure(
     presets: Sequence[str] = PRESETS,
     sizes: Sequence[str] = SIZES,
     rate_turns: int = 0,
-    keep: bool = False,
 ) -> Part:
-    """Write every preset and our file of the bytes of `sizes`, and judge all; decode rates in so many turns."""
+    """Write every preset and our file of the bytes of `sizes` into `scratch`, and judge all; decode rates in so many
+    turns."""
     costs = measure_weight_costs(RATE_THREADS) if rate_turns else {}
     print(f"gguf: a weight takes, of Q8_0's time, {costs or 'its bytes'}", file=sys.stderr, flush=True)
     gguf = Gguf(source, overrides, costs, scratch)
@@ -143,8 +143,6 @@ def measure(
         part.rows.append(theirs)
         if preset not in sizes:
             print(f"gguf {preset}: {', '.join(map(str, theirs.loss.values()))}", file=sys.stderr, flush=True)
-            if not keep and path not in uniform.values():
-                path.unlink()
             continue
         try:
             written, seconds, stage_facts = gguf.ours(preset, nbytes)
@@ -161,13 +159,6 @@ def measure(
         part.pairs.append(beside(ours, theirs, **facts))
         told = ", ".join(f"{domain} {theirs.loss[domain]} ours {ours.loss[domain]}" for domain in laws)
         print(f"gguf {preset}: {told}", file=sys.stderr, flush=True)
-        if not keep:
-            written.unlink()
-            if path not in uniform.values():
-                path.unlink()
-    if not keep:
-        for path in uniform.values():
-            path.unlink()
     part.rows.sort(key=lambda row: row.nbytes)
     part.pairs[:] = [_best_up_to(pair, part.rows) for pair in part.pairs]
     part.goals.extend(_goals(part, list(laws), lacking))

@@ -2,7 +2,8 @@
 
 MODEL should be off its grid (see offgrid.py). All sides get the same checkpoint and calibration prose, and all files
 are judged on the same held-out prose and code. The parts are `gguf` (llama.cpp's quantizer), `gptq` (GPTQModel,
-AutoRound) and `onnx` (onnxruntime-genai's builder, ONNX Runtime's RTN and HQQ); see the modules _frontier_*.py.
+AutoRound) and `onnx` (onnxruntime-genai's builder, ONNX Runtime's RTN and HQQ); see the modules _frontier_*.py. Until a
+part is done, all of its models lie in a temporary directory: some forty for `gguf`.
 """
 
 from __future__ import annotations
@@ -73,7 +74,6 @@ def main() -> None:
                 found = _frontier_gguf.measure(
                     source, laws, scratch, overrides=chosen["gguf-best"], presets=arguments.presets,
                     sizes=arguments.sizes, rate_turns=arguments.rate_turns if arguments.rates else 0,
-                    keep=arguments.keep,
                 )  # fmt: skip
             elif part == "gptq":
                 found = _frontier_gptq.measure(
@@ -82,6 +82,8 @@ def main() -> None:
                 )  # fmt: skip
             else:
                 found = _frontier_onnx.measure(source, checkpoint, laws, scratch, overrides=chosen, skip=arguments.skip)
+            if not arguments.keep:
+                shutil.rmtree(scratch)
             parts[part] = found
             if record:  # a later part may fail, and this one took long
                 record.parent.mkdir(parents=True, exist_ok=True)

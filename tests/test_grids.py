@@ -16,7 +16,7 @@ from edgekit.grids import NAMES, Grid, find_grid
 
 torch = pytest.importorskip("torch")
 from edgekit.grids.line import Line, Linear  # noqa: E402
-from edgekit.grids.solver import Metric, proxy_loss, round_matrix  # noqa: E402
+from edgekit.grids.solver import Metric, expected_losses, proxy_loss, round_matrix  # noqa: E402
 
 TYPES = {kind.name.upper(): (number, kind) for number, kind in GGML_TYPES.items()}
 GROUPS = {"Q2_K": (16, 4, 4), "Q3_K": (16, 6), "Q4_K": (8, 6, 6), "Q5_K": (8, 6, 6), "Q6_K": (16, 8)}
@@ -319,6 +319,26 @@ def test_a_fixed_grid_is_gptq(group: int) -> None:
     assert (
         rounded.matrix - grid.values(grid.snap(weights, torch.tensor(grid.step), 0), grid.step, 0)
     ).abs().max() > 0.04
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("damping", [0.03, 1.0])
+def test_expected_losses_are_those_of_the_first_pass(name: str, damping: float) -> None:
+    wide = torch.logspace(-1, 1, 256)[:, None]  # rows that lose very differently
+    grid, weights, hessian = find_grid(name), wide * gaussian(256, 512), correlated(512)
+    metric = Metric(hessian, damping)
+    found, expected = round_matrix(weights, metric, grid, sweeps=0).losses[:, 0], expected_losses(weights, metric, grid)
+    ratios = expected / found
+    # scales of a block are fitted before its columns make up for each other, which matters where steps are wide
+    assert 0.7 < float(ratios.log().mean().exp()) < 1
+    assert float(ratios.log().std()) < 0.2
+
+
+def test_expected_losses_of_a_diagonal_hessian_are_exact() -> None:
+    weights, hessian = heavy_tailed(16, 128), torch.diag(0.1 + torch.rand(128, generator=generator(4)))
+    metric, grid = Metric(hessian, 0), find_grid("Q4_1")
+    found = round_matrix(weights, metric, grid, sweeps=0).losses[:, 0]
+    torch.testing.assert_close(expected_losses(weights, metric, grid), found)
 
 
 def test_columns_in_another_order_are_rounded_alike() -> None:

@@ -77,6 +77,7 @@ class Metric:
 
     GPTQ adds the same to all, which a few channels with huge activations make too much for the others."""
     _known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _weighed: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def ordered(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """The order of work for such blocks, and in it the damped Hessian and the factor of its inverse, float32."""
@@ -86,6 +87,19 @@ class Metric:
             damped = _damp(self.hessian, self.damping)[order][:, order]
             self._known[shape] = order, damped.float(), _inverse_factor(damped).float()
         return self._known[shape]
+
+    def weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """For such blocks, by the column of the matrix: the importance in `Grid.fit`, and what a column's squared error
+        loses when those after it make up for it; float32 (in,)."""
+        shape = (grid.block, grid.group)
+        if shape not in self._weighed:
+            order, _, factor = self.ordered(grid)
+            importance = factor.diagonal() ** -2
+            # the errors e of columns leave e / diagonal(u) @ u in the weights; damping is no loss
+            lost = row_losses(factor, self.hessian[order][:, order])[:, 0] * importance
+            back = order.argsort()
+            self._weighed[shape] = importance[back], lost[back]
+        return self._weighed[shape]
 
 
 def round_matrix(weight: Tensor, metric: Metric, grid: Grid, *, sweeps: int = 1, act_order: bool = False) -> Rounded:
@@ -122,6 +136,20 @@ def round_matrix(weight: Tensor, metric: Metric, grid: Grid, *, sweeps: int = 1,
         matrix.append(work.matrix[:, back])
     rounded = torch.cat(matrix)
     return Rounded(torch.cat(codes), torch.cat(scales, 1), rounded, row_losses(weight - rounded, hessian))
+
+
+def expected_losses(weight: Tensor, metric: Metric, grid: Grid) -> Tensor:
+    """Return what outputs lose by the first pass of `round_matrix`, float32 (out,), without its turns over columns.
+
+    Made-up-for columns are taken to be rounded as badly as those of `weight` itself, with errors that do not depend on
+    each other. Arguments are those of `round_matrix`.
+    """
+    _check(weight, metric.hessian, grid)
+    importance, lost = (of_column.view(-1, grid.block).repeat(len(weight), 1) for of_column in metric.weights(grid))
+    blocks = weight.reshape(-1, grid.block)
+    scales = grid.fit(blocks, importance)
+    error = blocks - grid.values(grid.snap(blocks, scales, 0), scales, 0)
+    return (error.square_() * lost).view(weight.shape).sum(1)
 
 
 def usual_damping(inputs: int, tokens: int) -> float:

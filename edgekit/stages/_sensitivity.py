@@ -1,4 +1,4 @@
-"""How `sensitivity` predicts losses: the Fisher metric of every output, and every type's error in it."""
+"""How `sensitivity` predicts losses: the Fisher metric of every output, and every type's expected error in it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from edgekit.artifact import Artifact
 from edgekit.grids import Grid, open_grid
-from edgekit.grids.solver import round_matrix, round_nearest
+from edgekit.grids.solver import expected_losses, round_nearest
 from edgekit.model import gguf_names
 from edgekit.stages._feedback import find_places
 from edgekit.stages._moments import fast_matmul, with_moments
 
 EMBEDDING = "token_embd.weight"
-_ROWS = 256
-"""Most rows of a matrix that are rounded to every type: their mean is within some percent of that of all."""
+_ROWS = 128
+"""About how many rows of a matrix are tried in every type: their mean is within some percent of that of all."""
 _TINY = 1e-300
 
 
@@ -61,7 +61,7 @@ def measure(
             rows = {name: _sample(slopes[module]) for name, module in group.items()}
             weight = torch.cat([module.weight.data[rows[name]] for name, module in group.items()])
             for grid in _grids(types, weight.shape[1]):
-                lost = round_matrix(weight, metric, grid, sweeps=0).losses[:, 0].double().cpu()
+                lost = expected_losses(weight, metric, grid).double().cpu()
                 parts = lost.split([len(chosen) for chosen in rows.values()])
                 for (name, module), part in zip(group.items(), parts, strict=True):
                     steep = slopes[module].double()

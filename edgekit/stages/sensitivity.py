@@ -4,7 +4,8 @@ With y = W x and the rounding error E, the logits' law moves by half the squared
 (as in optimal brain surgeon, Hassibi and Stork 1993). The metric is taken diagonal and independent of x, as K-FAC does
 (Martens and Grosse, arXiv:1503.05671): sum over outputs o of g_o^2 (E H E^T)_oo / 2, where H is the mean of x x^T and
 g_o^2 the mean squared derivative of the log-probability of tokens that the model draws itself. One backward pass gives
-all of g; no labels are needed. Losses of tensors are taken to add up.
+all of g; no labels are needed. E H E^T is what error feedback is expected to leave (`grids.solver.expected_losses`), on
+a sample of rows. Losses of tensors are taken to add up.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ class Params(CalibratedParams):
 
 
 @stage(
-    version=4,
+    version=5,
     takes=("gguf", "checkpoint"),
     gives="sensitivity",
     also=("checkpoint",),
     tools=("torch", "transformers", "gguf"),
 )
 def run(model: Artifact, out: Path, params: Params, ctx: StageContext) -> Facts:
-    """Round every tensor to every type and predict the divergence that each choice adds.
+    """Try every type on every tensor and predict the divergence that each choice adds.
 
     Tensors are those of a GGUF file where the recipe has one, else the checkpoint's; names are GGUF's.
     """
