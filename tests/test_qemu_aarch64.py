@@ -173,7 +173,8 @@ def test_bundles_for_boards_are_as_accurate_as_aarch64_code(root: Path, empty_st
     boards = ("jetson-orin-nano-super", "raspberry-pi-5")
     arguments = ["build", *(part for name in boards for part in ("--target", name)), "--out", tmp_path]
     arguments += ["--device", f"qemu-aarch64://{root}?windows=2"]
-    arguments += [part for field in ("windows=2", "window_tokens=64") for part in ("--set", f"evaluation.{field}")]
+    few = ("evaluation.windows=2", "evaluation.window_tokens=64", "gguf.windows=4")
+    arguments += [part for setting in few for part in ("--set", setting)]
     done = CliRunner().invoke(cli, [*map(str, arguments)], standalone_mode=False)
     assert done.exception is None or isinstance(done.exception, GateFailed), done.output
     for name in boards:
