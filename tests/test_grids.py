@@ -334,6 +334,17 @@ def test_expected_losses_are_those_of_the_first_pass(name: str, damping: float) 
     assert float(ratios.log().std()) < 0.2
 
 
+def test_what_an_error_loses_leaves_damping_out() -> None:
+    hessian, grid = correlated(96), find_grid("Q4_0")
+    metric = Metric(hessian, 0.3)
+    order = metric.ordered(grid)[0].numpy()
+    plain = hessian.double().numpy()[order][:, order]
+    damping = 0.3 * np.sqrt(plain.diagonal() * plain.diagonal().mean())
+    factor = np.linalg.cholesky(np.linalg.inv(plain + np.diag(damping))).T
+    expected = (factor @ plain @ factor.T).diagonal() / factor.diagonal() ** 2
+    np.testing.assert_allclose(metric.weights(grid)[1].numpy()[order], expected, rtol=1e-3)
+
+
 def test_expected_losses_of_a_diagonal_hessian_are_exact() -> None:
     weights, hessian = heavy_tailed(16, 128), torch.diag(0.1 + torch.rand(128, generator=generator(4)))
     metric, grid = Metric(hessian, 0), find_grid("Q4_1")

@@ -77,29 +77,32 @@ class Metric:
 
     GPTQ adds the same to all, which a few channels with huge activations make too much for the others."""
     _known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    _weighed: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def ordered(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """The order of work for such blocks, and in it the damped Hessian and the factor of its inverse, float32."""
         shape = (grid.block, grid.group)
         if shape not in self._known:
             order = _order(self.hessian.diagonal(), grid)
-            damped = _damp(self.hessian, self.damping)[order][:, order]
+            damped = (self.hessian + self._added().diag())[order][:, order]
             self._known[shape] = order, damped.float(), _inverse_factor(damped).float()
         return self._known[shape]
 
     def weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
-        """For such blocks, by the column of the matrix: the importance in `Grid.fit`, and what a column's squared error
-        loses when those after it make up for it; float32 (in,)."""
-        shape = (grid.block, grid.group)
-        if shape not in self._weighed:
-            order, _, factor = self.ordered(grid)
-            importance = factor.diagonal() ** -2
-            # the errors e of columns leave e / diagonal(u) @ u in the weights; damping is no loss
-            lost = row_losses(factor, self.hessian[order][:, order])[:, 0] * importance
-            back = order.argsort()
-            self._weighed[shape] = importance[back], lost[back]
-        return self._weighed[shape]
+        """For such blocks, by the column of the matrix: its importance in `Grid.fit`, and what its squared error loses
+        once the columns after it make up for it; float32 (in,)."""
+        order, _, factor = self.ordered(grid)
+        importance = factor.diagonal() ** -2
+        # errors e of columns leave e / diagonal(u) @ u in the weights, and u (H + D) u^T is 1: damping D is no loss
+        lost = (1 - factor.square() @ self._added()[order].float()).clamp_min(0) * importance
+        back = order.argsort()
+        return importance[back], lost[back]
+
+    def _added(self) -> Tensor:
+        diagonal = self.hessian.diagonal()
+        mean = diagonal.mean()
+        share = self.damping * (diagonal.clamp_min(_LEAST * mean) * mean).sqrt()
+        # a matrix that no calibration token reached is rounded to the nearest
+        return torch.where(mean > 0, share, 1.0)
 
 
 def round_matrix(weight: Tensor, metric: Metric, grid: Grid, *, sweeps: int = 1, act_order: bool = False) -> Rounded:
@@ -139,10 +142,10 @@ def round_matrix(weight: Tensor, metric: Metric, grid: Grid, *, sweeps: int = 1,
 
 
 def expected_losses(weight: Tensor, metric: Metric, grid: Grid) -> Tensor:
-    """Return what outputs lose by the first pass of `round_matrix`, float32 (out,), without its turns over columns.
+    """Return what outputs lose by the first pass of `round_matrix`, float32 (out,), without its walk over columns.
 
-    Made-up-for columns are taken to be rounded as badly as those of `weight` itself, with errors that do not depend on
-    each other. Arguments are those of `round_matrix`.
+    A column that makes up for others is taken to be rounded as badly as its own weights are, and errors not to depend
+    on each other. Arguments are those of `round_matrix`.
     """
     _check(weight, metric.hessian, grid)
     importance, lost = (of_column.view(-1, grid.block).repeat(len(weight), 1) for of_column in metric.weights(grid))
@@ -273,14 +276,6 @@ def _order(diagonal: Tensor, grid: Grid) -> Tensor:
     groups = energy.sum(2).argsort(dim=1, descending=True, stable=True)
     columns = columns.gather(1, groups[:, :, None].expand(columns.shape))
     return columns[energy.sum((1, 2)).argsort(descending=True, stable=True)].flatten()
-
-
-def _damp(hessian: Tensor, damping: float) -> Tensor:
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean()
-    share = damping * (diagonal.clamp_min(_LEAST * mean) * mean).sqrt()
-    # a matrix that no calibration token reached is rounded to the nearest
-    return hessian + torch.where(mean > 0, share, 1.0).diag()
 
 
 def _inverse_factor(metric: Tensor) -> Tensor:
