@@ -77,6 +77,7 @@ class Metric:
 
     GPTQ adds the same to all, which a few channels with huge activations make too much for the others."""
     _known: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    _weights: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def ordered(self, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """The order of work for such blocks, and in it the damped Hessian and the factor of its inverse, float32."""
@@ -90,12 +91,15 @@ class Metric:
     def weights(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """For such blocks, by the column of the matrix: its importance in `Grid.fit`, and what its squared error loses
         once the columns after it make up for it; float32 (in,)."""
-        order, _, factor = self.ordered(grid)
-        importance = factor.diagonal() ** -2
-        # errors e of columns leave e / diagonal(u) @ u in the weights, and u (H + D) u^T is 1: damping D is no loss
-        lost = (1 - factor.square() @ self._added()[order].float()).clamp_min(0) * importance
-        back = order.argsort()
-        return importance[back], lost[back]
+        shape = (grid.block, grid.group)
+        if shape not in self._weights:
+            order, _, factor = self.ordered(grid)
+            importance = factor.diagonal() ** -2
+            # errors e of columns leave e / diagonal(u) @ u in the weights, and u (H + D) u^T is 1: damping D is no loss
+            lost = (1 - factor.square() @ self._added()[order].float()).clamp_min(0) * importance
+            back = order.argsort()
+            self._weights[shape] = importance[back], lost[back]
+        return self._weights[shape]
 
     def _added(self) -> Tensor:
         diagonal = self.hessian.diagonal()
@@ -150,9 +154,8 @@ def expected_losses(weight: Tensor, metric: Metric, grid: Grid) -> Tensor:
     _check(weight, metric.hessian, grid)
     importance, lost = (of_column.view(-1, grid.block).repeat(len(weight), 1) for of_column in metric.weights(grid))
     blocks = weight.reshape(-1, grid.block)
-    scales = grid.fit(blocks, importance)
-    error = blocks - grid.values(grid.snap(blocks, scales, 0), scales, 0)
-    return (error.square_() * lost).view(weight.shape).sum(1)
+    _, _, values = _nearest(blocks, importance, grid)
+    return ((blocks - values).square_() * lost).view(weight.shape).sum(1)
 
 
 def usual_damping(inputs: int, tokens: int) -> float:
@@ -167,13 +170,17 @@ def usual_damping(inputs: int, tokens: int) -> float:
 def round_nearest(weight: Tensor, grid: Grid) -> Rounded:
     """Round each block of `weight` float32 (out, in) by itself: for a table that is looked up, not multiplied."""
     even = torch.ones(grid.block, device=weight.device)
-    codes, scales, values = [], [], []
-    for block in weight.split(grid.block, 1):
-        scales.append(grid.fit(block, even))
-        codes.append(grid.snap(block, scales[-1], 0))
-        values.append(grid.values(codes[-1], scales[-1], 0))
+    blocks = [_nearest(block, even, grid) for block in weight.split(grid.block, 1)]
+    codes, scales, values = zip(*blocks, strict=True)
     matrix = torch.cat(values, 1)
     return Rounded(torch.cat(codes, 1), torch.stack(scales), matrix, (weight - matrix).square().sum(1, keepdim=True))
+
+
+def _nearest(blocks: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, scales and values of blocks (rows, block), every weight rounded to the nearest."""
+    scales = grid.fit(blocks, importance)
+    codes = grid.snap(blocks, scales, 0)
+    return codes, scales, grid.values(codes, scales, 0)
 
 
 def proxy_loss(error: Tensor, hessian: Tensor) -> float:
